@@ -1,0 +1,53 @@
+# Every target works on a fresh clone: it makes .venv first, and again whenever
+# pyproject.toml or constraints.txt change.
+#
+#   make demo     train a small network, then average its snapshots    (out: demo/)
+#   make test     the tests             (more: PYTEST_ARGS="-n 4 -k average")
+#   make lint     ruff and mypy
+#   make check    lint and test
+#   make format   apply what ruff can repair by itself
+#   make clean    remove what these targets made
+#
+# Another interpreter (3.11 or newer): make test PYTHON=python3.13
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := check
+.PHONY: demo test lint check format clean
+
+# The venv is made anew, so that a dependency which left the list leaves the environment too.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "ensemblekit needs Python 3.11 or newer: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "Installing into $(VENV): some minutes the first time, about 2 GB of disk."
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable '.[test,dev]'
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/ensemblekit demo demo
+
+test: $(READY)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# One after the other, also under `make -j`: the cheap half fails first.
+check:
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory test
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find ensemblekit tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,253 @@
+"""Owns the step from bytes to tensor descriptions; nothing here reads a tensor's values.
+
+Input: an open `Source`. A container module offers `sniff(source) -> bool` and
+`read(source) -> Tree`; the registry below is tried in order.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import import_module
+from itertools import pairwise
+from math import prod
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ensemblekit.dtypes import DTYPES, DType
+from ensemblekit.errors import DamagedError, UnsupportedError
+from ensemblekit.files import Source
+
+CONTAINERS: dict[str, str] = {
+    "torch-zip": "ensemblekit.containers.torch_zip",
+    "safetensors": "ensemblekit.containers.safetensors",
+}
+
+
+class Extent(NamedTuple):
+    """The bytes of one storage: where they lie, and their CRC-32 where the file states one."""
+
+    source: Source
+    start: int
+    nbytes: int
+    crc32: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor as the file describes it; its values are read on demand.
+
+    Attributes:
+        dtype: Torch's name of the element type.
+        shape: Sizes.
+        stride: Steps in elements, None when the elements lie in C order without gaps.
+        offset: Elements from the extent's start to the first element.
+        extent: The storage that holds it.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...] | None
+    offset: int
+    extent: Extent
+
+    @property
+    def type(self) -> DType:
+        """The element type."""
+        return DTYPES[self.dtype]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the elements, laid out without gaps."""
+        return self.size * self.type.itemsize
+
+    @property
+    def start(self) -> int:
+        """Byte in the file at which the first element lies."""
+        return self.extent.start + self.offset * self.type.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Unusable:
+    """A leaf that stands for a tensor without usable values; the reason says why."""
+
+    reason: str
+    hint: str | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Inert:
+    """What an object of an unknown class left in a pickle: its parts, and no behaviour.
+
+    Attributes:
+        cls: `module.name` of the class or function that would have made it.
+        args: What it would have been called with.
+        state: What its `__setstate__` or `__dict__` would have received.
+        items: What would have been appended to it.
+        mapping: Pairs that would have been set on it.
+    """
+
+    cls: str
+    args: tuple[Any, ...] = ()
+    state: Any = None
+    items: list[Any] = field(default_factory=list)
+    mapping: list[tuple[Any, Any]] = field(default_factory=list)
+
+    def attributes(self) -> dict[str, Any]:
+        """The attributes that the state would have given the object."""
+        parts = self.state if isinstance(self.state, tuple) else (self.state,)
+        found: dict[str, Any] = {}
+        for part in parts:
+            if isinstance(part, dict):
+                found.update({k: v for k, v in part.items() if isinstance(k, str)})
+        return found
+
+
+@dataclass(frozen=True)
+class Tree:
+    """What a container holds: plain values, `TensorSpec`, `Unusable` and `Inert` leaves.
+
+    Attributes:
+        container: Name in the registry.
+        root: The outermost object.
+        metadata: Text that the format keeps beside the tensors.
+        sources: Every file that the leaves point into.
+    """
+
+    container: str
+    root: Any
+    metadata: dict[str, str]
+    sources: tuple[Source, ...]
+
+
+def sniff(source: Source) -> str | None:
+    """Name of the container that the bytes announce, None when it is none of ours."""
+    return next((name for name in CONTAINERS if _module(name).sniff(source)), None)
+
+
+def read(source: Source) -> Tree:
+    """Describe everything in the file.
+
+    Raises:
+        UnsupportedError: Not a container that we know.
+        DamagedError, HostileError: See the container modules.
+    """
+    if source.size == 0:
+        raise DamagedError(
+            f"{source.path}: is empty (0 bytes)",
+            hint="the writer was interrupted; leave it out with --exclude",
+        )
+    name = sniff(source)
+    if name is None:
+        head = source.read(0, min(8, source.size))
+        raise UnsupportedError(
+            f"{source.path}: is not a checkpoint of a known format (begins with {head!r})",
+            hint=f"known: {', '.join(CONTAINERS)}; leave it out with --exclude, or save it again "
+            "with torch.save or safetensors",
+        )
+    tree: Tree = _module(name).read(source)
+    return tree
+
+
+def checked_spec(
+    where: str,
+    *,
+    dtype: str,
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    offset: int,
+    extent: Extent,
+) -> TensorSpec:
+    """A `TensorSpec` whose every element lies inside its storage and whose size is honest.
+
+    Raises:
+        DamagedError: Negative sizes, elements outside of the storage, or more bytes than the
+            file has (a stride of 0 can make a giant out of one number).
+    """
+    itemsize = DTYPES[dtype].itemsize
+    if any(n < 0 for n in shape) or any(s < 0 for s in stride) or offset < 0:
+        raise DamagedError(
+            f"{where}: tensor with negative geometry: shape {shape}, stride {stride}, "
+            f"offset {offset}"
+        )
+    if len(shape) != len(stride):
+        raise DamagedError(f"{where}: tensor of shape {shape} has stride {stride}")
+    size = prod(shape)
+    if size == 0:
+        return TensorSpec(dtype, shape, None, 0, extent)
+    last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+    held = extent.nbytes // itemsize
+    if last >= held:
+        raise DamagedError(
+            f"{where}: tensor of shape {shape}, stride {stride} and offset {offset} needs "
+            f"{last + 1} elements, its storage holds {held}"
+        )
+    if size * itemsize > max(extent.source.size, 1):
+        raise DamagedError(
+            f"{where}: tensor of shape {shape} and stride {stride} would take "
+            f"{size * itemsize} bytes out of a file of {extent.source.size}"
+        )
+    contiguous = stride == _c_strides(shape) or _is_contiguous(shape, stride)
+    return TensorSpec(dtype, shape, None if contiguous else stride, offset, extent)
+
+
+def read_array(spec: TensorSpec) -> npt.NDArray[Any]:
+    """The whole tensor in C order; for tensors that are known to be small or wanted whole."""
+    raw = bytearray(storage_span(spec) * spec.type.itemsize)
+    spec.extent.source.read_into(memoryview(raw), spec.start)
+    flat = np.frombuffer(raw, dtype=spec.type.numpy)
+    if spec.stride is None:
+        return flat.reshape(spec.shape)
+    steps = tuple(s * spec.type.itemsize for s in spec.stride)
+    view = np.lib.stride_tricks.as_strided(flat, spec.shape, steps, writeable=False)
+    return np.ascontiguousarray(view)
+
+
+def storage_span(spec: TensorSpec) -> int:
+    """Elements from the first to the last element of the tensor in its storage."""
+    if spec.size == 0:
+        return 0
+    if spec.stride is None:
+        return spec.size
+    return 1 + sum((n - 1) * s for n, s in zip(spec.shape, spec.stride, strict=True))
+
+
+def is_dense(spec: TensorSpec) -> bool:
+    """Whether the elements fill their span exactly once, in whatever order (channels_last does)."""
+    if spec.stride is None:
+        return True
+    steps = sorted((s, n) for n, s in zip(spec.shape, spec.stride, strict=True) if n > 1)
+    expected = [1, *(s * n for s, n in steps)]
+    return all(s == e for (s, _), e in zip(steps, expected, strict=False))
+
+
+def overlaps(extents: list[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Neighbouring (start, end) pairs that overlap or leave a hole, in order of their start."""
+    for left, right in pairwise(sorted(extents)):
+        if left[1] != right[0]:
+            yield left, right
+
+
+def _c_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for n in reversed(shape):
+        strides.append(step)
+        step *= max(n, 1)
+    return tuple(reversed(strides))
+
+
+def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Strides of dimensions of size 1 say nothing."""
+    return all(
+        n == 1 or s == c for n, s, c in zip(shape, stride, _c_strides(shape), strict=True)
+    )
+
+
+def _module(name: str) -> ModuleType:
+    return import_module(CONTAINERS[name])

@@ -1,0 +1,687 @@
+"""Owns the inert pickle machine: it follows a pickle's opcodes and runs nothing they ask for.
+
+Input: the bytes of a pickle. Tensors become descriptions, plain values stay what they are, and
+every other global becomes a lifeless `Inert`. The list of globals that mean something is
+`_REBUILD`; what may be called without raising suspicion is in `suspects`.
+"""
+
+import struct
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from ensemblekit.containers import Extent, Inert, Unusable, checked_spec, suspects
+from ensemblekit.dtypes import DTYPES, QUANTIZED_STORAGES, STORAGES, from_torch_name
+from ensemblekit.errors import DamagedError, HostileError
+
+MAX_OPCODES = 5_000_000
+MAX_STACK = 1_000_000
+MAX_WORK = 1 << 30  # bytes copied by calls; each copy is small, their number might not be
+_HINT = "copy the file again, or leave it out with --exclude"
+
+StorageLookup = Callable[[str, int, str], Extent]
+
+
+class Global(NamedTuple):
+    """A name that the pickle would import."""
+
+    module: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+class Storage(NamedTuple):
+    """A tensor storage: where its bytes lie, and the dtype of a typed one (None: untyped)."""
+
+    extent: Extent | None
+    dtype: str | None
+    reason: str | None = None
+
+
+class _Mark:
+    """The boundary that MARK puts on the stack."""
+
+
+_MARK = _Mark()
+_MISSING = object()
+
+
+def load(data: bytes, *, where: str, storage: StorageLookup) -> Any:
+    """Follow the pickle in `data` to its end and return the inert object it describes.
+
+    Args:
+        data: A complete pickle of protocol 0 to 5.
+        where: Name for messages, such as the file's path.
+        storage: Finds the extent of a storage: `storage(key, nbytes, where)`.
+
+    Raises:
+        HostileError: It calls into the interpreter or the operating system.
+        DamagedError: It is no well-formed pickle, or asks for absurd amounts.
+    """
+    return _Machine(data, where, storage).run()
+
+
+class _Machine:
+    """One run: the stack, the memo, and the place in the stream."""
+
+    def __init__(self, data: bytes, where: str, storage: StorageLookup) -> None:
+        self.data = data
+        self.where = where
+        self.storage = storage
+        self.place = 0
+        self.work = 0
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+
+    def run(self) -> Any:
+        steps = _OPCODES
+        for _ in range(MAX_OPCODES):
+            if self.place >= len(self.data):
+                raise self.damaged("it ends without STOP")
+            code = self.data[self.place]
+            self.place += 1
+            step = steps.get(code)
+            if step is None:
+                if code == _STOP:
+                    return self.finish()
+                raise self.damaged(f"opcode 0x{code:02x} is not one that checkpoints use")
+            step(self)
+            if len(self.stack) > MAX_STACK:
+                raise self.damaged(f"more than {MAX_STACK} values on the stack")
+        raise self.damaged(f"more than {MAX_OPCODES} opcodes")
+
+    def finish(self) -> Any:
+        value = self.pop()
+        if self.stack:
+            raise self.damaged(f"{len(self.stack)} values are left over")
+        return value
+
+    # --- reading the stream
+
+    def take(self, n: int) -> bytes:
+        if n < 0 or self.place + n > len(self.data):
+            raise self.damaged(f"a value of {n} bytes runs past the end")
+        chunk = self.data[self.place : self.place + n]
+        self.place += n
+        return chunk
+
+    def number(self, form: str) -> int:
+        return int(struct.unpack(form, self.take(struct.calcsize(form)))[0])
+
+    def line(self) -> str:
+        stop = self.data.find(b"\n", self.place, self.place + 10_000)
+        if stop < 0:
+            raise self.damaged("a text line has no end")
+        return self.take(stop + 1 - self.place)[:-1].decode("utf-8", "surrogateescape")
+
+    # --- stack and memo
+
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
+
+    def pop(self) -> Any:
+        if not self.stack:
+            raise self.damaged("it takes from an empty stack")
+        value = self.stack.pop()
+        if value is _MARK:
+            raise self.damaged("it takes a mark as a value")
+        return value
+
+    def peek(self) -> Any:
+        value = self.pop()
+        self.push(value)
+        return value
+
+    def pop_to_mark(self) -> list[Any]:
+        for i in range(len(self.stack) - 1, -1, -1):
+            if self.stack[i] is _MARK:
+                items = self.stack[i + 1 :]
+                del self.stack[i:]
+                return items
+        raise self.damaged("it looks for a mark that is not there")
+
+    def remember(self, key: int) -> None:
+        if key < 0:
+            raise self.damaged(f"memo entry {key}")
+        self.memo[key] = self.peek()
+
+    def recall(self, key: int) -> None:
+        value = self.memo.get(key, _MISSING)
+        if value is _MISSING:
+            raise self.damaged(f"memo entry {key} was never written")
+        self.push(value)
+
+    def spend(self, amount: int) -> None:
+        self.work += amount
+        if self.work > MAX_WORK:
+            raise self.damaged("it copies the same data over and over")
+
+    # --- what opcodes mean
+
+    def find_global(self, module: Any, name: Any) -> None:
+        if not (isinstance(module, str) and isinstance(name, str)):
+            raise self.damaged("a global without a name")
+        self.push(Global(module, name))
+
+    def call(self, function: Any, args: Any, *, new: bool = False) -> Any:
+        """What REDUCE, NEWOBJ, INST and OBJ leave on the stack."""
+        if not isinstance(args, tuple):
+            args = tuple(args) if isinstance(args, list) else (args,)
+        self.refuse_if_hostile(function, args, new=new)
+        if not isinstance(function, Global):
+            return Inert(str(getattr(function, "cls", type(function).__name__)), args)
+        rebuild = _REBUILD.get((function.module, function.name))
+        if rebuild is None:
+            if function.module in ("torch", "torch.cuda") and function.name.endswith("Tensor"):
+                return Unusable(
+                    f"is torch.{function.name}{_brief_args(args)}: memory that nobody filled"
+                )
+            return Inert(str(function), args)
+        try:
+            return rebuild(self, args)
+        except (TypeError, ValueError, IndexError, KeyError, OverflowError) as error:
+            raise self.damaged(f"{function} with unusable arguments ({error})") from error
+
+    def refuse_if_hostile(self, function: Any, args: tuple[Any, ...], *, new: bool) -> None:
+        verdict = None
+        if isinstance(function, Global):
+            verdict = suspects.verdict(function.module, function.name, args, instance_only=new)
+        if verdict is None:
+            smuggled = next((a for a in suspects.flat(args) if isinstance(a, Global)), None)
+            if smuggled and suspects.verdict(smuggled.module, smuggled.name, ()):
+                verdict = f"{smuggled} handed to {function if new else _call_name(function)}"
+        if verdict is not None:
+            raise HostileError(
+                f"{self.where}: hostile pickle: it would call {verdict}. Nothing of it was run",
+                hint="do not open this file with torch.load or pickle; ask where it came from, "
+                "and leave it out with --exclude",
+            )
+
+    def append_all(self, items: list[Any]) -> None:
+        target = self.peek()
+        if isinstance(target, list):
+            target.extend(items)
+        elif isinstance(target, Inert):
+            target.items.extend(items)
+        else:
+            raise self.damaged(f"it appends to a {type(target).__name__}")
+
+    def set_all(self, items: list[Any]) -> None:
+        target = self.peek()
+        if len(items) % 2:
+            raise self.damaged("a key without a value")
+        pairs = list(zip(items[::2], items[1::2], strict=True))
+        if isinstance(target, dict):
+            for key, value in pairs:
+                target[_hashable(key)] = value
+        elif isinstance(target, Inert):
+            target.mapping.extend(pairs)
+        else:
+            raise self.damaged(f"it sets items on a {type(target).__name__}")
+
+    def build(self) -> None:
+        state = self.pop()
+        target = self.peek()
+        if isinstance(target, Global):
+            self.refuse_if_hostile(target, (state,), new=False)
+        if isinstance(target, Inert):
+            target.state = state
+        # a state on a dict is an attribute such as state_dict's `_metadata`; nothing needs it
+
+    def persistent(self, identity: Any) -> None:
+        """A storage: ('storage', class, key, location, numel[, view])."""
+        if not (isinstance(identity, tuple) and len(identity) >= 5 and identity[0] == "storage"):
+            raise self.damaged(f"unknown persistent id {_brief(identity)}")
+        kind, key, numel = identity[1], identity[2], identity[4]
+        if not isinstance(kind, Global) or not isinstance(key, str) or type(numel) is not int:
+            raise self.damaged(f"unknown storage {_brief(identity)}")
+        if kind.name in QUANTIZED_STORAGES:
+            self.push(Storage(None, None, "is quantised"))
+            return
+        known = from_torch_name(kind.name) if kind.module == "torch" else None
+        name = known.name if known else STORAGES.get(kind.name)
+        if name is None:
+            raise self.damaged(f"unknown storage type {kind}")
+        if numel < 0:
+            raise self.damaged(f"storage '{key}' of {numel} elements")
+        extent = self.storage(key, numel * DTYPES[name].itemsize, f"{self.where}: storage '{key}'")
+        self.push(Storage(extent, None if kind.name == "UntypedStorage" else name))
+
+    def damaged(self, what: str) -> DamagedError:
+        return DamagedError(
+            f"{self.where}: damaged pickle at byte {self.place}: {what}", hint=_HINT
+        )
+
+
+# --- globals that mean something
+
+
+def _tensor(machine: _Machine, args: tuple[Any, ...], dtype: str | None = None) -> Any:
+    """torch._utils._rebuild_tensor_v2(storage, offset, size, stride, ...)."""
+    storage, offset, shape, stride = args[:4]
+    if isinstance(storage, Unusable):
+        return storage
+    if not isinstance(storage, Storage):
+        raise machine.damaged("a tensor without a storage")
+    if storage.extent is None:
+        return Unusable(storage.reason or "has no storage")
+    dtype = dtype or storage.dtype
+    if dtype is None:
+        raise machine.damaged("a tensor without a dtype")
+    sizes, steps = _integers(shape), _integers(stride)
+    if sizes is None or steps is None or type(offset) is not int:
+        raise machine.damaged(f"a tensor of shape {_brief(shape)}, stride {_brief(stride)}")
+    where = machine.where
+    return checked_spec(
+        where, dtype=dtype, shape=sizes, stride=steps, offset=offset, extent=storage.extent
+    )
+
+
+def _tensor_v3(machine: _Machine, args: tuple[Any, ...]) -> Any:
+    """torch._utils._rebuild_tensor_v3(storage, offset, size, stride, grad, hooks, dtype, ...)."""
+    dtype = args[6]
+    if not isinstance(dtype, str):
+        raise machine.damaged("a tensor without a dtype")
+    return _tensor(machine, args, dtype)
+
+
+def _from_type(machine: _Machine, args: tuple[Any, ...]) -> Any:
+    """torch._tensor._rebuild_from_type_v2(function, type, args, state): a Tensor subclass."""
+    function, _, inner = args[:3]
+    return machine.call(function, inner)
+
+
+def _encode(machine: _Machine, args: tuple[Any, ...]) -> bytes:
+    """_codecs.encode(text, 'latin1'): how protocol 2 writes bytes."""
+    text = args[0]
+    machine.spend(len(text))
+    return bytes(text.encode("latin1"))
+
+
+def _ordered_dict(machine: _Machine, args: tuple[Any, ...]) -> dict[Any, Any]:
+    pairs = args[0] if args else ()
+    machine.spend(64 * len(pairs))
+    if isinstance(pairs, dict):
+        return dict(pairs)
+    return {_hashable(key): value for key, value in pairs}
+
+
+def _default_dict(machine: _Machine, args: tuple[Any, ...]) -> dict[Any, Any]:
+    return _ordered_dict(machine, args[1:])
+
+
+def _members(machine: _Machine, args: tuple[Any, ...]) -> list[Any]:
+    """Sets and tuples of items; a list will do, since members may not be hashable here."""
+    items = args[0] if args else ()
+    machine.spend(16 * len(items))
+    return list(items)
+
+
+def _size(_: _Machine, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(args[0])
+
+
+def _plain(kind: Callable[..., Any]) -> Callable[[_Machine, tuple[Any, ...]], Any]:
+    """A value of a built-in type, made from one short plain value."""
+
+    def make(_: _Machine, args: tuple[Any, ...]) -> Any:
+        if len(args) > 2 or not all(
+            isinstance(a, int | float | complex) or (isinstance(a, str | bytes) and len(a) < 400)
+            for a in args
+        ):
+            return Inert(kind.__name__, args)
+        return kind(*args)
+
+    return make
+
+
+def _device(_: _Machine, args: tuple[Any, ...]) -> str:
+    return ":".join(str(part) for part in args)
+
+
+def _numpy_scalar(_: _Machine, args: tuple[Any, ...]) -> Any:
+    """numpy's scalar(dtype, bytes): a metric, mostly."""
+    dtype, data = args[0], args[1] if len(args) > 1 else None
+    formats = {"f8": "<d", "f4": "<f", "f2": "<e", "i8": "<q", "i4": "<i", "b1": "<?"}
+    form = formats.get(str(dtype.args[0]).lstrip("<|=")) if isinstance(dtype, Inert) else None
+    if form is None or not isinstance(data, bytes) or len(data) != struct.calcsize(form):
+        return Inert("numpy.scalar", args)
+    return struct.unpack(form, data)[0]
+
+
+def _path(_: _Machine, args: tuple[Any, ...]) -> Any:
+    texts = [a for a in args if isinstance(a, str)]
+    return "/".join(texts).replace("//", "/") if len(texts) == len(args) else Inert("Path", args)
+
+
+def _reconstructor(_: _Machine, args: tuple[Any, ...]) -> Any:
+    """copyreg._reconstructor(cls, base, state): an instance, its __init__ not called."""
+    cls, base, state = args[:3]
+    if str(base) in ("builtins.dict", "__builtin__.dict"):
+        return dict(state) if isinstance(state, dict) else {}
+    return Inert(str(cls), (state,) if state is not None else ())
+
+
+def _unusable(reason: str, hint: str | None = None) -> Callable[[_Machine, tuple[Any, ...]], Any]:
+    return lambda _machine, _args: Unusable(reason, hint)
+
+
+_DEQUANTIZE = "average the float checkpoints and quantise the result"
+_REBUILD: dict[tuple[str, str], Callable[[_Machine, tuple[Any, ...]], Any]] = {
+    ("torch._utils", "_rebuild_tensor"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _tensor_v3,
+    ("torch._utils", "_rebuild_parameter"): lambda _, args: args[0],
+    ("torch._utils", "_rebuild_parameter_with_state"): lambda _, args: args[0],
+    ("torch._tensor", "_rebuild_from_type_v2"): _from_type,
+    ("torch._tensor", "_rebuild_from_type"): _from_type,
+    ("torch._utils", "_rebuild_qtensor"): _unusable("is quantised", _DEQUANTIZE),
+    ("torch._utils", "_rebuild_sparse_tensor"): _unusable(
+        "is sparse", "save it dense: tensor.to_dense()"
+    ),
+    ("torch._utils", "_rebuild_meta_tensor_no_storage"): _unusable(
+        "is a meta tensor: it has a shape, but no values"
+    ),
+    ("torch._utils", "_rebuild_nested_tensor"): _unusable("is a nested tensor"),
+    ("torch._utils", "_rebuild_wrapper_subclass"): _unusable(
+        "is a tensor subclass without values of its own (a DTensor shard, for instance)",
+        "gather the full tensors before saving: torch.distributed.checkpoint.state_dict."
+        "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))",
+    ),
+    ("torch._utils", "_rebuild_device_tensor_from_numpy"): _unusable("is stored as a numpy array"),
+    ("torch", "Size"): _size,
+    ("torch", "device"): _device,
+    ("torch.serialization", "_get_layout"): lambda _, args: str(args[0]),
+    ("torch.distributed.tensor", "DTensor"): _unusable("is a DTensor shard"),
+    ("collections", "OrderedDict"): _ordered_dict,
+    ("collections", "defaultdict"): _default_dict,
+    ("collections", "Counter"): _ordered_dict,
+    ("_codecs", "encode"): _encode,
+    ("copyreg", "_reconstructor"): _reconstructor,
+    ("copy_reg", "_reconstructor"): _reconstructor,
+    **{
+        (module, "scalar"): _numpy_scalar
+        for module in ("numpy.core.multiarray", "numpy._core.multiarray")
+    },
+    **{
+        ("pathlib", name): _path
+        for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+    },
+    **{
+        (module, kind.__name__): _plain(kind)
+        for module in ("builtins", "__builtin__")
+        for kind in (int, float, complex, bool, str, slice)
+    },
+    **{
+        (module, name): _members
+        for module in ("builtins", "__builtin__")
+        for name in ("set", "frozenset", "list", "tuple")
+    },
+    **{
+        (module, "dict"): _ordered_dict
+        for module in ("builtins", "__builtin__")
+    },
+}
+
+
+def _integers(value: Any) -> tuple[int, ...] | None:
+    if not isinstance(value, tuple | list) or len(value) > 64:
+        return None
+    if not all(type(n) is int and abs(n) < 2**63 for n in value):
+        return None
+    return tuple(value)
+
+
+def _hashable(key: Any) -> Any:
+    """A key that hashes in constant time; nested tuples can be built to hash for years."""
+    if isinstance(key, str | int | float | bytes | Global | Inert | type(None)):
+        return key
+    if isinstance(key, tuple) and len(key) < 64 and not any(type(k) is tuple for k in key):
+        return tuple(_hashable(k) for k in key)
+    return Inert("key", (key,))
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        inner = ", ".join(_brief(v) if not isinstance(v, tuple | list) else "..." for v in value[:6])
+        return f"({inner})"
+    if isinstance(value, str | int | float | bytes | bool | Global | type(None)):
+        text = str(value) if isinstance(value, Global) else repr(value)
+        return text if len(text) < 60 else text[:57] + "..."
+    return type(value).__name__
+
+
+def _brief_args(args: tuple[Any, ...]) -> str:
+    text = _brief(args)
+    return text if args else "()"
+
+
+def _call_name(function: Any) -> str:
+    return str(function) if isinstance(function, Global) else _brief(function)
+
+
+# --- opcodes: what each takes from the stream and does to the stack
+
+_Step = Callable[[_Machine], None]
+
+
+def _constant(value: Any) -> _Step:
+    return lambda m: m.push(value)
+
+
+def _fixed(form: str) -> _Step:
+    size = struct.calcsize(form)
+    return lambda m: m.push(struct.unpack(form, m.take(size))[0])
+
+
+def _counted(form: str, convert: Callable[[bytes], Any]) -> _Step:
+    def step(m: _Machine) -> None:
+        chunk = m.take(m.number(form))
+        try:
+            m.push(convert(chunk))
+        except ValueError as error:
+            raise m.damaged(str(error)) from error
+
+    return step
+
+
+def _signed(chunk: bytes) -> int:
+    return int.from_bytes(chunk, "little", signed=True)
+
+
+def _unicode(chunk: bytes) -> str:
+    return chunk.decode("utf-8", "surrogatepass")
+
+
+def _latin(chunk: bytes) -> str:
+    return chunk.decode("latin1")
+
+
+def _text(convert: Callable[[str], Any]) -> _Step:
+    def step(m: _Machine) -> None:
+        text = m.line()
+        try:
+            m.push(convert(text))
+        except ValueError as error:
+            raise m.damaged(f"{_brief(text)} is not what its opcode says") from error
+
+    return step
+
+
+def _text_int(text: str) -> Any:
+    return {"00": False, "01": True}.get(text, None) if text in ("00", "01") else int(text)
+
+
+def _quoted(text: str) -> str:
+    if len(text) < 2 or text[0] not in "'\"" or text[-1] != text[0]:
+        raise ValueError(text)
+    return text[1:-1].encode("latin1", "replace").decode("unicode_escape", "replace")
+
+
+def _tuple_of(n: int) -> _Step:
+    def step(m: _Machine) -> None:
+        items = [m.pop() for _ in range(n)]
+        m.push(tuple(reversed(items)))
+
+    return step
+
+
+def _dict_from_mark(m: _Machine) -> None:
+    items = m.pop_to_mark()
+    m.push({})
+    m.set_all(items)
+
+
+def _pop_any(m: _Machine) -> None:
+    if not m.stack:
+        raise m.damaged("it takes from an empty stack")
+    m.stack.pop()
+
+
+def _global_lines(m: _Machine) -> None:
+    module = m.line()
+    m.find_global(module, m.line())
+
+
+def _stack_global(m: _Machine) -> None:
+    name, module = m.pop(), m.pop()
+    m.find_global(module, name)
+
+
+def _reduce(m: _Machine) -> None:
+    args, function = m.pop(), m.pop()
+    m.push(m.call(function, args))
+
+
+def _newobj(m: _Machine) -> None:
+    args, cls = m.pop(), m.pop()
+    m.push(m.call(cls, args, new=True))
+
+
+def _newobj_ex(m: _Machine) -> None:
+    kwargs, args, cls = m.pop(), m.pop(), m.pop()
+    args = args if isinstance(args, tuple) else (args,)
+    m.push(m.call(cls, (*args, kwargs) if kwargs else args, new=True))
+
+
+def _inst(m: _Machine) -> None:
+    module = m.line()
+    m.find_global(module, m.line())
+    cls = m.pop()
+    m.push(m.call(cls, tuple(m.pop_to_mark())))
+
+
+def _obj(m: _Machine) -> None:
+    items = m.pop_to_mark()
+    if not items:
+        raise m.damaged("OBJ without a class")
+    m.push(m.call(items[0], tuple(items[1:])))
+
+
+def _append(m: _Machine) -> None:
+    item = m.pop()
+    m.append_all([item])
+
+
+def _setitem(m: _Machine) -> None:
+    value, key = m.pop(), m.pop()
+    m.set_all([key, value])
+
+
+def _frame(m: _Machine) -> None:
+    if m.number("<Q") > len(m.data) - m.place:
+        raise m.damaged("a frame runs past the end")
+
+
+def _proto(m: _Machine) -> None:
+    version = m.number("<B")
+    if version > 5:
+        raise m.damaged(f"protocol {version}")
+
+
+def _extension(m: _Machine) -> None:
+    raise m.damaged("it uses the extension registry, which no checkpoint does")
+
+
+_STOP = ord(".")
+_OPCODES: dict[int, _Step] = {
+    ord("("): _constant(_MARK),
+    ord("0"): _pop_any,
+    ord("1"): lambda m: m.pop_to_mark() and None,
+    ord("2"): lambda m: m.push(m.peek()),
+    # numbers and constants
+    ord("N"): _constant(None),
+    0x88: _constant(True),
+    0x89: _constant(False),
+    ord("I"): _text(_text_int),
+    ord("L"): _text(lambda t: int(t.removesuffix("L"))),
+    ord("F"): _text(float),
+    ord("J"): _fixed("<i"),
+    ord("K"): _fixed("<B"),
+    ord("M"): _fixed("<H"),
+    ord("G"): _fixed(">d"),
+    0x8A: _counted("<B", _signed),
+    0x8B: _counted("<i", _signed),
+    # texts and bytes
+    ord("S"): _text(_quoted),
+    ord("V"): _text(lambda t: t.encode("latin1", "replace").decode("raw_unicode_escape", "replace")),
+    ord("T"): _counted("<i", _latin),
+    ord("U"): _counted("<B", _latin),
+    ord("X"): _counted("<I", _unicode),
+    0x8C: _counted("<B", _unicode),
+    0x8D: _counted("<Q", _unicode),
+    ord("B"): _counted("<I", bytes),
+    ord("C"): _counted("<B", bytes),
+    0x8E: _counted("<Q", bytes),
+    0x96: _counted("<Q", bytes),
+    # collections
+    ord("]"): lambda m: m.push([]),
+    ord("}"): lambda m: m.push({}),
+    ord(")"): _constant(()),
+    0x8F: lambda m: m.push(Inert("builtins.set")),
+    ord("l"): lambda m: m.push(m.pop_to_mark()),
+    ord("t"): lambda m: m.push(tuple(m.pop_to_mark())),
+    ord("d"): _dict_from_mark,
+    0x85: _tuple_of(1),
+    0x86: _tuple_of(2),
+    0x87: _tuple_of(3),
+    ord("a"): _append,
+    ord("e"): lambda m: m.append_all(m.pop_to_mark()),
+    ord("s"): _setitem,
+    ord("u"): lambda m: m.set_all(m.pop_to_mark()),
+    0x90: lambda m: m.append_all(m.pop_to_mark()),
+    0x91: lambda m: m.push(Inert("builtins.frozenset", (), None, m.pop_to_mark())),
+    # memo
+    ord("p"): lambda m: m.remember(_memo_key(m)),
+    ord("q"): lambda m: m.remember(m.number("<B")),
+    ord("r"): lambda m: m.remember(m.number("<I")),
+    0x94: lambda m: m.remember(len(m.memo)),
+    ord("g"): lambda m: m.recall(_memo_key(m)),
+    ord("h"): lambda m: m.recall(m.number("<B")),
+    ord("j"): lambda m: m.recall(m.number("<I")),
+    # names and objects
+    ord("c"): _global_lines,
+    0x93: _stack_global,
+    ord("R"): _reduce,
+    0x81: _newobj,
+    0x92: _newobj_ex,
+    ord("i"): _inst,
+    ord("o"): _obj,
+    ord("b"): lambda m: m.build(),
+    ord("Q"): lambda m: m.persistent(m.pop()),
+    ord("P"): lambda m: m.persistent(m.line()),
+    # framing
+    0x80: _proto,
+    0x95: _frame,
+    0x82: _extension,
+    0x83: _extension,
+    0x84: _extension,
+}
+
+
+def _memo_key(m: _Machine) -> int:
+    text = m.line()
+    if not text.isdecimal() or len(text) > 18:
+        raise m.damaged(f"memo entry {_brief(text)}")
+    return int(text)

@@ -1,0 +1,291 @@
+"""Owns discovery: from paths to the ordered set of snapshots that belong to one run.
+
+Input: the places that `walk` found, read by `containers`, understood by `layouts`.
+"""
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ensemblekit import containers, duplicates, layouts, walk
+from ensemblekit.containers import TensorSpec, Tree, Unusable, sharded
+from ensemblekit.errors import (
+    EnsembleKitError,
+    IncompatibleError,
+    InputError,
+    MachineError,
+    UnsupportedError,
+    UsageError,
+    listing,
+)
+from ensemblekit.files import Source
+from ensemblekit.layouts import NoWeightsError
+from ensemblekit.selection import Selection, select
+from ensemblekit.snapshots import Skipped, Snapshot, SnapshotSet, check_same_signature
+
+
+@dataclass(frozen=True)
+class Examination:
+    """Everything that was found: `discover` wants it clean, `inspect` shows it as it is.
+
+    Attributes:
+        used: In canonical order.
+        skipped: With reasons.
+        errors: One for each file that cannot be used.
+        warnings: What a user should know.
+        ordered_by: What the order was taken from.
+    """
+
+    used: tuple[Snapshot, ...]
+    skipped: tuple[Skipped, ...]
+    errors: tuple[EnsembleKitError, ...]
+    warnings: tuple[str, ...]
+    ordered_by: str
+
+
+def discover(
+    *checkpoints: str | os.PathLike[str], selection: Selection | None = None
+) -> SnapshotSet:
+    """The snapshots in files, folders and globs, read without running any code in them.
+
+    Args:
+        checkpoints: What to look at.
+        selection: Which weights and which snapshots; default: all that belong to the run.
+
+    Raises:
+        UsageError: A path that does not exist, a selection that selects nothing.
+        InputError: A file that is damaged, hostile, or does not fit the others.
+        MachineError: The operating system refused to read.
+    """
+    found = examine(checkpoints, selection or Selection())
+    if found.errors:
+        raise _combined(found.errors)
+    return SnapshotSet(found.used, found.skipped, found.warnings, found.ordered_by)
+
+
+def examine(
+    checkpoints: Sequence[str | os.PathLike[str]], selection: Selection
+) -> Examination:
+    """Look at everything and keep what is wrong as data.
+
+    Raises:
+        UsageError: A path that does not exist, a selection that selects nothing.
+    """
+    places, passed = walk.places(checkpoints, exclude=selection.exclude)
+    skipped = [Skipped(item.name, item.reason) for item in passed]
+    errors: list[EnsembleKitError] = []
+    found: list[Snapshot] = []
+    for place in places:
+        try:
+            found.append(read_snapshot(place, selection.weights))
+        except NoWeightsError as error:
+            if place.found_in is None:
+                errors.append(error)
+            else:
+                skipped.append(Skipped(place.name, "holds no model weights"))
+        except UnsupportedError as error:
+            if place.claims:
+                errors.append(error)
+            else:
+                skipped.append(Skipped(place.name, "not a checkpoint"))
+        except (InputError, MachineError) as error:
+            errors.append(error)
+    if not found and not errors:
+        names = ", ".join(str(c) for c in checkpoints)
+        errors.append(InputError(f"{names}: no checkpoints found", hint=_what_was_there(skipped)))
+    return _arrange(found, skipped, errors, selection)
+
+
+def _arrange(
+    found: list[Snapshot],
+    skipped: list[Skipped],
+    errors: list[EnsembleKitError],
+    selection: Selection,
+) -> Examination:
+    warnings: list[str] = []
+    snapshots, ordered_by = in_order(found)
+    if error := _several_runs(snapshots):
+        errors.append(error)
+    if error := _several_variants(snapshots):
+        errors.append(error)
+    for path in (s for s in snapshots if s.extras):
+        warnings.append(f"{path.name}: not averaged, because not tensors: {listing(path.extras)}")
+    if not errors:
+        try:
+            check_same_signature(snapshots)
+            snapshots, more = _without_repeats(snapshots)
+            skipped.extend(more)
+            snapshots, more = select(snapshots, selection, ordered_by)
+            skipped.extend(more)
+        except UsageError:
+            raise
+        except EnsembleKitError as error:
+            errors.append(error)
+    if ordered_by == "content" and len(snapshots) > 1:
+        warnings.append("neither the files nor their names tell an order; none was assumed")
+    return Examination(
+        tuple(snapshots), tuple(skipped), tuple(errors), tuple(warnings), ordered_by
+    )
+
+
+def read_snapshot(place: walk.Place, weights: str = "auto") -> Snapshot:
+    """Describe the snapshot at one place.
+
+    Raises:
+        InputError: Damaged, hostile, without weights, or with tensors that have no values.
+    """
+    path = place.path
+    tree = sharded.read_folder(path) if path.is_dir() else containers.read(Source(path))
+    reading = layouts.interpret(tree, path)
+    variant = layouts.choose(reading.weights, weights, path)
+    chosen = reading.weights[variant]
+    return Snapshot(
+        path=path,
+        name=place.name,
+        format=f"{tree.container}/{reading.layout}",
+        variant=variant,
+        available=tuple(reading.weights),
+        tensors=_usable(chosen.tensors, path),
+        ties=chosen.ties,
+        facts=reading.facts,
+        extras=chosen.extras,
+        is_average=chosen.is_average,
+        sources=_own_sources(tree, chosen.tensors),
+        numbers=_numbers(path.name if path.is_dir() else _stem(path.name)) or _numbers(
+            path.parent.name if place.found_in not in (None, path.parent) else ""
+        ),
+        run=_run_of(place),
+    )
+
+
+def in_order(snapshots: Iterable[Snapshot]) -> tuple[list[Snapshot], str]:
+    """Canonical order: by step, else epoch, else number in the name; ties and the rest by content.
+
+    The order does not depend on how the files were named on the command line, by their text or
+    by their modification time.
+    """
+    items = list(snapshots)
+    keys: list[tuple[str, Callable[[Snapshot], Any]]] = [
+        ("step", lambda s: s.facts.step),
+        ("epoch", lambda s: s.facts.epoch),
+        ("number", lambda s: s.numbers or None),
+    ]
+    for name, key in keys:
+        values = [key(s) for s in items]
+        if items and None not in values and (len(set(values)) > 1 or len(items) == 1):
+            return _sorted(items, key), name
+    return _sorted(items, lambda _: 0), "content"
+
+
+def _usable(tensors: Mapping[str, TensorSpec | Unusable], path: Path) -> dict[str, TensorSpec]:
+    usable: dict[str, TensorSpec] = {}
+    for key, spec in tensors.items():
+        if isinstance(spec, Unusable):
+            raise UnsupportedError(f"{path}: '{key}' {spec.reason}", hint=spec.hint)
+        usable[key] = spec
+    return usable
+
+
+def _own_sources(tree: Tree, tensors: Mapping[str, Any]) -> tuple[Source, ...]:
+    used = {spec.extent.source for spec in tensors.values() if isinstance(spec, TensorSpec)}
+    return tuple(source for source in tree.sources if source in used) or tree.sources
+
+
+def _sorted(items: list[Snapshot], key: Callable[[Snapshot], Any]) -> list[Snapshot]:
+    """Sort by `key`; only where it repeats, read contents to break the tie."""
+    groups: defaultdict[Any, list[Snapshot]] = defaultdict(list)
+    for item in items:
+        groups[key(item)].append(item)
+    ordered: list[Snapshot] = []
+    for value in sorted(groups):
+        group = groups[value]
+        ordered.extend(sorted(group, key=duplicates.content_digest) if len(group) > 1 else group)
+    return ordered
+
+
+def _without_repeats(snapshots: list[Snapshot]) -> tuple[list[Snapshot], list[Skipped]]:
+    """Drop the same weights under a second name, and averages of the run."""
+    skipped = []
+    kept: list[Snapshot] = []
+    for group in duplicates.same_weights(snapshots):
+        first, *others = sorted(group, key=lambda s: (not s.numbers, len(s.name), s.name))
+        kept.append(first)
+        skipped += [Skipped(s.name, f"same weights as {first.name}", s) for s in others]
+    kept = [s for s in snapshots if s in kept]
+    if not all(s.is_average for s in kept):
+        stated = [s for s in kept if s.is_average]
+        skipped += [Skipped(s.name, "is an average already, says the file", s) for s in stated]
+        kept = [s for s in kept if s not in stated]
+    for snapshot, members in duplicates.means_of_others(kept):
+        kept = [s for s in kept if s is not snapshot]
+        names = listing([m.name for m in members], limit=3)
+        skipped.append(Skipped(snapshot.name, f"equals the mean of {names}", snapshot))
+    return kept, skipped
+
+
+def _several_runs(snapshots: list[Snapshot]) -> EnsembleKitError | None:
+    runs: defaultdict[Path, int] = defaultdict(int)
+    for snapshot in snapshots:
+        if snapshot.run is not None:
+            runs[snapshot.run] += 1
+    if len(runs) < 2:
+        return None
+    shown = listing(f"{run} ({count} snapshots)" for run, count in sorted(runs.items()))
+    return InputError(
+        f"the folder holds several runs: {shown}",
+        hint="name one of them; weights of different runs have no meaningful average",
+    )
+
+
+def _several_variants(snapshots: list[Snapshot]) -> EnsembleKitError | None:
+    by_variant = {s.variant: s for s in reversed(snapshots)}
+    if len(by_variant) < 2:
+        return None
+    (one, first), (other, second), *_ = by_variant.items()
+    roles = {s.variant: s.available for s in snapshots}
+    common = set.intersection(*(set(a) for a in roles.values()))
+    if not common:  # the same thing under several names, such as model and state_dict
+        return None
+    return IncompatibleError(
+        f"{first.path} would give its '{one}', {second.path} its '{other}'; "
+        "an average must not mix them",
+        hint=f"--weights {sorted(common)[0]}",
+    )
+
+
+def _run_of(place: walk.Place) -> Path | None:
+    """The folder of the run: numbered folders (`checkpoint-500/`) are snapshots of one."""
+    if place.found_in is None:
+        return None
+    folder = place.path.parent
+    if not place.path.is_dir() and folder != place.found_in and _numbers(folder.name):
+        return folder.parent
+    return folder
+
+
+def _stem(name: str) -> str:
+    for ending in (".pth.tar", ".tar.gz", ".ckpt.pt"):
+        if name.endswith(ending):
+            return name.removesuffix(ending)
+    return name.rpartition(".")[0] or name
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(digits) for digits in re.findall(r"\d+", text)[:8])
+
+
+def _what_was_there(skipped: list[Skipped]) -> str:
+    if not skipped:
+        return "it is empty; name a file or folder with .pt, .pth, .ckpt or .safetensors files"
+    return "found only " + listing(f"{s.name} ({s.reason})" for s in skipped)
+
+
+def _combined(errors: Sequence[EnsembleKitError]) -> EnsembleKitError:
+    first = errors[0]
+    if len(errors) > 1:
+        first.hint = f"{first.hint or ''} ({len(errors) - 1} more; see: ensemblekit inspect)".strip()
+    return first

@@ -1,0 +1,142 @@
+"""Owns the question whether two files hold the same weights, or one the mean of others.
+
+Input: snapshots. Samples first; whole tensors are read only where the samples agree.
+"""
+
+import hashlib
+from collections import defaultdict
+
+import numpy as np
+import numpy.typing as npt
+
+from ensemblekit.containers import TensorSpec, is_dense, read_array
+from ensemblekit.snapshots import Snapshot
+
+_SAMPLED_TENSORS = 32
+_SAMPLE_BYTES = 64
+_MEAN_SAMPLES = 1 << 14
+_MEAN_TOLERANCE = 1e-6
+_BLOCK = 1 << 20
+
+
+def same_weights(snapshots: list[Snapshot]) -> list[list[Snapshot]]:
+    """Group snapshots that hold bitwise the same weights; order is kept."""
+    groups: list[list[Snapshot]] = []
+    by_sample: defaultdict[bytes, list[list[Snapshot]]] = defaultdict(list)
+    for snapshot in snapshots:
+        key = _sample(snapshot)
+        for group in by_sample[key]:
+            if _equal(group[0], snapshot):
+                group.append(snapshot)
+                break
+        else:
+            group = [snapshot]
+            groups.append(group)
+            by_sample[key].append(group)
+    return groups
+
+
+def content_digest(snapshot: Snapshot) -> str:
+    """SHA-256 over keys, types and values, whatever container they lie in."""
+    digest = hashlib.sha256()
+    for key in sorted(snapshot.tensors):
+        spec = snapshot.tensors[key]
+        digest.update(f"{key}\0{spec.dtype}\0{spec.shape}\0".encode())
+        digest.update(read_array(spec).tobytes())
+    return digest.hexdigest()
+
+
+def means_of_others(snapshots: list[Snapshot]) -> list[tuple[Snapshot, list[Snapshot]]]:
+    """Snapshots that equal the mean of at least two others, to 1e-6 of the largest value.
+
+    If one snapshot is a mean of others, the snapshots' values are linearly dependent. So one
+    least-squares problem on sampled values finds the coefficients, whatever the subset is.
+    """
+    found: list[tuple[Snapshot, list[Snapshot]]] = []
+    rest = list(snapshots)
+    while len(rest) > 2:
+        hit = _one_mean(rest)
+        if hit is None:
+            break
+        found.append(hit)
+        rest.remove(hit[0])
+    return found
+
+
+def _one_mean(snapshots: list[Snapshot]) -> tuple[Snapshot, list[Snapshot]] | None:
+    values_SK = _sampled_values(snapshots)
+    scale = np.abs(values_SK).max(initial=0.0)
+    centred_SK = values_SK - values_SK.mean(axis=1, keepdims=True)
+    if scale == 0 or len(values_SK) < 4 * len(snapshots):
+        return None
+    # centred columns always sum to zero; a second (near) zero singular value is a dependency
+    singular = np.linalg.svd(centred_SK, compute_uv=False)
+    if singular[-2] > _MEAN_TOLERANCE * scale * np.sqrt(values_SK.size):
+        return None
+    for k, snapshot in enumerate(snapshots):
+        others = [j for j in range(len(snapshots)) if j != k]
+        base = values_SK[:, others[-1]]
+        directions = values_SK[:, others[:-1]] - base[:, None]
+        coefficients = np.linalg.lstsq(directions, values_SK[:, k] - base, rcond=None)[0]
+        row = np.append(coefficients, 1 - coefficients.sum())
+        members = [others[i] for i in np.flatnonzero(np.abs(row) > 0.5 / len(row))]
+        if len(members) < 2:
+            continue
+        off = np.abs(values_SK[:, members].mean(axis=1) - values_SK[:, k]).max()
+        spread = np.abs(values_SK[:, members] - values_SK[:, [k]]).max()
+        if off <= _MEAN_TOLERANCE * scale and spread > 100 * off:
+            return snapshot, [snapshots[j] for j in members]
+    return None
+
+
+def _sampled_values(snapshots: list[Snapshot]) -> npt.NDArray[np.float64]:
+    """The same elements of each snapshot's float parameters, in float64."""
+    first = snapshots[0].tensors
+    keys = [
+        key
+        for key, spec in sorted(first.items())
+        if spec.type.kind == "float"
+        and not key.endswith(("running_mean", "running_var"))  # these may be recomputed
+        and all(is_dense(s.tensors[key]) and s.tensors[key].stride == spec.stride for s in snapshots)
+    ]
+    each = max(16, _MEAN_SAMPLES // max(len(keys), 1))
+    columns = [
+        np.concatenate([_leading(s.tensors[key], each) for key in keys] or [np.empty(0)])
+        for s in snapshots
+    ]
+    return np.stack(columns, axis=1)
+
+
+def _leading(spec: TensorSpec, count: int) -> npt.NDArray[np.float64]:
+    count = min(count, spec.size)
+    raw = spec.extent.source.read(spec.start, count * spec.type.itemsize)
+    return np.frombuffer(raw, dtype=spec.type.numpy).astype(np.float64)
+
+
+def _sample(snapshot: Snapshot) -> bytes:
+    """A digest of a few bytes of a few tensors: equal weights have equal ones."""
+    digest = hashlib.sha256(repr(sorted(snapshot.signature.items())).encode())
+    dense = [key for key in sorted(snapshot.tensors) if snapshot.tensors[key].stride is None]
+    for key in dense[:: max(1, len(dense) // _SAMPLED_TENSORS)]:
+        spec = snapshot.tensors[key]
+        source, length = spec.extent.source, min(_SAMPLE_BYTES, spec.nbytes)
+        for start in {0, (spec.nbytes - length) // 2, spec.nbytes - length}:
+            digest.update(source.read(spec.start + start, length))
+    return digest.digest()
+
+
+def _equal(one: Snapshot, other: Snapshot) -> bool:
+    if [s.fingerprint for s in one.sources] == [s.fingerprint for s in other.sources]:
+        return one.variant == other.variant
+    return all(_same_bytes(one.tensors[key], other.tensors[key]) for key in one.tensors)
+
+
+def _same_bytes(one: TensorSpec, other: TensorSpec) -> bool:
+    if one.stride is not None or other.stride is not None:
+        return read_array(one).tobytes() == read_array(other).tobytes()
+    for place in range(0, one.nbytes, _BLOCK):
+        length = min(_BLOCK, one.nbytes - place)
+        left = one.extent.source.read(one.start + place, length)
+        if left != other.extent.source.read(other.start + place, length):
+            return False
+    return True

@@ -1,0 +1,326 @@
+"""Owns the file system: safe reading of what may change under us, atomic writing of what must not.
+
+Input: paths. Reads go through `pread` on one descriptor, never mmap: a mapped file that is cut
+short kills the process, one that is overwritten gives mixed values without an error.
+"""
+
+import contextlib
+import errno
+import hashlib
+import os
+import secrets
+import stat
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ensemblekit.errors import DamagedError, InputError, MachineError, UsageError
+
+_BLOCK = 1 << 20
+_OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+_MACHINE_ERRNOS = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.EFBIG,
+    errno.EBUSY,
+}
+
+
+class Fingerprint(NamedTuple):
+    """What must stay the same for two reads to be reads of the same file."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+
+def from_os_error(error: OSError, path: Path, *, doing: str) -> Exception:
+    """The exception of ours that says what `error` means for `path`."""
+    reason = error.strerror or str(error)
+    if error.errno in _MACHINE_ERRNOS:
+        hints = {errno.ENOSPC: "free some space or choose another -o", errno.EACCES: "see ls -l"}
+        hint = hints.get(error.errno or 0)
+        return MachineError(f"cannot {doing} {path}: {reason}", hint=hint)
+    return InputError(f"cannot {doing} {path}: {reason}")
+
+
+class Source:
+    """One regular file, opened once at a time and checked to stay what it was.
+
+    The descriptor is opened on demand and may be closed by the pool between reads; every
+    reopening and `check_unchanged` compare device, inode, size and mtime with the first look.
+
+    Args:
+        path: The file. Links are followed; FIFOs, sockets, devices and folders are refused.
+
+    Raises:
+        InputError: Not a regular file.
+        MachineError: The operating system refused.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        descriptor, self.fingerprint = _open_regular(path)
+        _POOL.adopt(self, descriptor)
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file when it was first opened."""
+        return self.fingerprint.size
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes from `offset`.
+
+        Raises:
+            DamagedError: The file ends before.
+        """
+        if length < 0 or offset < 0 or offset + length > self.size:
+            raise DamagedError(
+                f"{self.path}: ends too early: bytes {offset} to {offset + length} are promised, "
+                f"the file has {self.size}",
+                hint="the file is truncated; copy it again or leave it out with --exclude",
+            )
+        buffer = bytearray(length)
+        self.read_into(memoryview(buffer), offset)
+        return bytes(buffer)
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill `view` with the bytes from `offset` on.
+
+        Raises:
+            DamagedError: The file ends before the view is full.
+        """
+        done = 0
+        with _POOL.descriptor(self) as descriptor:
+            while done < len(view):
+                try:
+                    got = os.preadv(descriptor, [view[done:]], offset + done)
+                except OSError as error:
+                    raise from_os_error(error, self.path, doing="read") from error
+                if got == 0:
+                    raise DamagedError(
+                        f"{self.path}: was cut short while it was being read "
+                        f"(at byte {offset + done} of {self.size})",
+                        hint="wait until the writer is done and run the command again",
+                    )
+                done += got
+
+    def check_unchanged(self) -> None:
+        """Raise if the file is no longer what it was when it was opened.
+
+        Raises:
+            DamagedError: Size or modification time differ, or the path is another file now.
+        """
+        with _POOL.descriptor(self) as descriptor:
+            now = _fingerprint(os.fstat(descriptor))
+        if now != self.fingerprint:
+            raise _changed(self.path)
+
+    def close(self) -> None:
+        """Give the descriptor back; a later read opens the file again."""
+        _POOL.close(self)
+
+
+class _DescriptorPool:
+    """Keeps at most `limit` sources open, the least recently used ones closed first."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._open: OrderedDict[Source, int] = OrderedDict()
+        self._busy: dict[Source, int] = {}
+        self._lock = threading.Lock()
+
+    def adopt(self, source: Source, descriptor: int) -> None:
+        with self._lock:
+            self._open[source] = descriptor
+            self._evict()
+
+    @contextlib.contextmanager
+    def descriptor(self, source: Source) -> Iterator[int]:
+        with self._lock:
+            if source not in self._open:
+                descriptor, fingerprint = _open_regular(source.path)
+                if fingerprint != source.fingerprint:
+                    os.close(descriptor)
+                    raise _changed(source.path)
+                self._open[source] = descriptor
+            self._open.move_to_end(source)
+            self._busy[source] = self._busy.get(source, 0) + 1
+            descriptor = self._open[source]
+            self._evict()
+        try:
+            yield descriptor
+        finally:
+            with self._lock:
+                self._busy[source] -= 1
+                if not self._busy[source]:
+                    del self._busy[source]
+
+    def close(self, source: Source) -> None:
+        with self._lock:
+            descriptor = self._open.pop(source, None)
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def _evict(self) -> None:
+        for source in list(self._open):
+            if len(self._open) <= self._limit:
+                return
+            if source not in self._busy:
+                os.close(self._open.pop(source))
+
+
+_POOL = _DescriptorPool(limit=128)
+
+
+def _fingerprint(status: os.stat_result) -> Fingerprint:
+    return Fingerprint(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def _changed(path: Path) -> DamagedError:
+    return DamagedError(
+        f"{path}: changed while it was being read",
+        hint="wait until the writer is done and run the command again",
+    )
+
+
+def _open_regular(path: Path) -> tuple[int, Fingerprint]:
+    try:
+        descriptor = os.open(path, _OPEN_FLAGS)
+    except OSError as error:
+        raise from_os_error(error, path, doing="open") from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise InputError(
+            f"{path}: is {_kind(status.st_mode)}, not a regular file",
+            hint="name checkpoint files or folders of them",
+        )
+    return descriptor, _fingerprint(status)
+
+
+def _kind(mode: int) -> str:
+    for test, name in (
+        (stat.S_ISDIR, "a folder"),
+        (stat.S_ISFIFO, "a FIFO"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISCHR, "a character device"),
+        (stat.S_ISBLK, "a block device"),
+    ):
+        if test(mode):
+            return name
+    return "something else"
+
+
+def sha256(source: Source) -> str:
+    """Hex SHA-256 of the file's bytes."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(min(_BLOCK, max(source.size, 1))))
+    for offset in range(0, source.size, _BLOCK):
+        part = buffer[: min(_BLOCK, source.size - offset)]
+        source.read_into(part, offset)
+        digest.update(part)
+    return digest.hexdigest()
+
+
+class AtomicFile:
+    """A file that appears under its name complete or not at all.
+
+    Bytes go to a temporary file in the same folder. `commit` makes them durable, lets the
+    caller read them back, and renames; leaving the context without `commit` removes them.
+
+    Args:
+        path: The final name; its folder must exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+        self._descriptor = -1
+
+    def __enter__(self) -> "AtomicFile":
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
+        self._descriptor = self._guarded("create", lambda: os.open(self.temporary, flags, 0o666))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+        with contextlib.suppress(FileNotFoundError):
+            self.temporary.unlink()
+
+    def write_at(self, data: bytes | memoryview, offset: int) -> None:
+        """Write all of `data` at `offset`; calls may come from several threads."""
+        view = memoryview(data).cast("B")
+        done = 0
+        while done < len(view):
+            part, place = view[done:], offset + done
+            done += self._guarded("write", lambda p=part, o=place: os.pwrite(self._descriptor, p, o))
+
+    def seal(self) -> Source:
+        """Make the bytes durable and return the temporary file for reading back."""
+        self._guarded("sync", lambda: os.fsync(self._descriptor))
+        return Source(self.temporary)
+
+    def rename(self) -> None:
+        """Put the file under its final name."""
+        self._guarded("rename", lambda: os.replace(self.temporary, self.path))
+
+    def _guarded(self, doing: str, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except OSError as error:
+            raise from_os_error(error, self.path, doing=doing) from error
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, so that two writers' files never mix; sync its entries at the end."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(ImportError, OSError):  # no fcntl, or a file system without locks
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+        with contextlib.suppress(OSError):  # some network file systems cannot sync a folder
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_output(path: Path, *, inputs: list[Path], force: bool) -> None:
+    """Refuse an output that would overwrite something it must not.
+
+    Raises:
+        UsageError: The folder is missing, the output is an input, or it exists without `force`.
+    """
+    folder = path.parent
+    if not folder.is_dir():
+        raise UsageError(f"output folder {folder} does not exist", hint=f"mkdir -p {folder}")
+    if path.is_dir():
+        raise UsageError(f"output {path} is a folder", hint="name a file with -o")
+    if not os.path.lexists(path):
+        return
+    for source in inputs:
+        if path.exists() and source.exists() and path.samefile(source):
+            raise UsageError(
+                f"output {path} is also an input ({source}); reading it would destroy it",
+                hint="choose another name with -o",
+            )
+    if not force:
+        raise UsageError(
+            f"output {path} exists already",
+            hint="choose another name with -o, or --force to replace it",
+        )

@@ -1,0 +1,123 @@
+"""Owns the meaning of what writers put into containers: which tensors are weights, what is known.
+
+Input: a `Tree`. A layout module offers `match(tree, path) -> bool`,
+`weights(tree, path) -> dict[str, Weights]` and `facts(tree, path) -> Facts`; the first match of
+the registry counts.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from ensemblekit.containers import TensorSpec, Tree, Unusable
+from ensemblekit.errors import UnsupportedError
+
+LAYOUTS: dict[str, str] = {
+    "torch-dict": "ensemblekit.layouts.torch_dict",
+    "torch-module": "ensemblekit.layouts.torch_module",
+    "state-dict": "ensemblekit.layouts.state_dict",
+}
+
+Role = Literal["model", "ema", "swa", "other"]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One set of weights in a file.
+
+    Attributes:
+        tensors: By the network's own keys, wrapper prefixes taken off.
+        role: What they are: the raw model, a moving average, a running average, or unknown.
+        ties: Groups of keys that share one storage.
+        extras: Keys that hold no tensor (`_extra_state`) and cannot be averaged.
+        is_average: They are already a mean over the run, not one more snapshot of it.
+    """
+
+    tensors: Mapping[str, TensorSpec | Unusable]
+    role: Role
+    ties: tuple[tuple[str, ...], ...] = ()
+    extras: tuple[str, ...] = ()
+    is_average: bool = False
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a file says about itself; None where it says nothing.
+
+    Attributes:
+        step: Optimizer steps done.
+        epoch: Epochs done, fractions allowed.
+        lr: Learning rate of the first parameter group.
+        metrics: Scores by the writer's names.
+        model_hint: Name of the architecture.
+    """
+
+    step: int | None = None
+    epoch: float | None = None
+    lr: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    model_hint: str | None = None
+
+
+class Reading(NamedTuple):
+    """A file understood: by which layout, with which weights, and what it says about itself."""
+
+    layout: str
+    weights: dict[str, Weights]
+    facts: Facts
+
+
+def interpret(tree: Tree, path: Path) -> Reading:
+    """Find the weights and facts in a tree.
+
+    Raises:
+        UnsupportedError: It holds no weights.
+    """
+    for name, module_name in LAYOUTS.items():
+        layout = import_module(module_name)
+        if layout.match(tree, path):
+            return Reading(name, layout.weights(tree, path), layout.facts(tree, path))
+    raise NoWeightsError(
+        f"{path}: holds no model weights that we recognise",
+        hint="leave it out with --exclude, or save the weights: "
+        "torch.save(model.state_dict(), path)",
+    )
+
+
+class NoWeightsError(UnsupportedError):
+    """A sound file without weights, such as an optimizer's state."""
+
+
+def choose(weights: Mapping[str, Weights], wanted: str, path: Path) -> str:
+    """Name of the set of weights that `--weights` means in this file.
+
+    `auto` takes what the writing tool would deploy: a moving average where there is one, else
+    the raw model. A running average of the run (SWA) is left alone while there is a raw model.
+
+    Raises:
+        UnsupportedError: There is no such set, or several and nothing says which.
+    """
+    names = list(weights)
+    if wanted in weights:
+        return wanted
+    roles = ("ema", "model") if wanted == "auto" else (wanted,)
+    for role in roles:
+        matching = [name for name in names if weights[name].role == role]
+        if len(matching) == 1:
+            return matching[0]
+        if matching:
+            break
+    if wanted == "auto" and len(names) == 1:
+        return names[0]
+    if wanted == "auto":
+        raise UnsupportedError(
+            f"{path}: holds several sets of weights ({', '.join(names)}) and nothing says which "
+            "one is the model",
+            hint=f"choose one: --weights {names[0]}",
+        )
+    raise UnsupportedError(
+        f"{path}: has no weights '{wanted}'; it has {', '.join(names)}",
+        hint=f"choose one of them: --weights {names[0]}",
+    )

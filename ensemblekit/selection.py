@@ -1,0 +1,92 @@
+"""Owns which of the snapshots found are taken: the words of the command line, applied in order.
+
+Input: snapshots in canonical order.
+"""
+
+from dataclasses import dataclass
+
+from ensemblekit.errors import UsageError, listing
+from ensemblekit.snapshots import Skipped, Snapshot, position
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which of the snapshots to take, in the words of the command line.
+
+    Attributes:
+        weights: `auto`, `model`, `ema`, `swa` or a key of the file.
+        exclude: Globs of files to leave out.
+        last: Only the newest N.
+        every: Only each N-th, counted back from the newest.
+        from_step: Nothing before this step (epoch or number, where files state no step).
+        to_step: Nothing after it.
+        best: Only the N best by `by`.
+        by: Name of a metric in the files, with `:min` or `:max` where the name does not tell.
+    """
+
+    weights: str = "auto"
+    exclude: tuple[str, ...] = ()
+    last: int | None = None
+    every: int | None = None
+    from_step: float | None = None
+    to_step: float | None = None
+    best: int | None = None
+    by: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("last", "every", "best"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name} {value}: must be at least 1")
+        if (self.best is None) != (self.by is None):
+            raise UsageError(
+                "--best N and --by NAME go together", hint="for example: --best 3 --by val_acc:max"
+            )
+
+
+def select(
+    snapshots: list[Snapshot], selection: Selection, ordered_by: str
+) -> tuple[list[Snapshot], list[Skipped]]:
+    """The snapshots that the selection keeps, and the others with the reason.
+
+    Raises:
+        UsageError: It keeps none, or asks for steps or metrics that the files do not state.
+    """
+    kept = list(snapshots)
+    for bound, keep in (
+        (selection.from_step, lambda p, b: p >= b),
+        (selection.to_step, lambda p, b: p <= b),
+    ):
+        if bound is not None:
+            if ordered_by == "content":
+                raise UsageError("--from-step and --to-step need steps, epochs or numbered names")
+            kept = [s for s in kept if keep(position(s, ordered_by), bound)]
+    if selection.every is not None:
+        kept = kept[::-1][:: selection.every][::-1]
+    if selection.last is not None:
+        kept = kept[-selection.last :]
+    if selection.best is not None and selection.by is not None:
+        kept = _best(kept, selection.best, selection.by)
+    if snapshots and not kept:
+        raise UsageError(f"the selection leaves none of {len(snapshots)} snapshots")
+    left = [s for s in snapshots if s not in kept]
+    return kept, [Skipped(s.name, "not selected", s) for s in left]
+
+
+def _best(snapshots: list[Snapshot], count: int, by: str) -> list[Snapshot]:
+    name, _, direction = by.partition(":")
+    if direction not in ("", "min", "max"):
+        raise UsageError(f"--by {by}: write NAME, NAME:min or NAME:max")
+    if not direction:
+        lower = ("loss", "nll", "error", "err", "perplexity", "ppl", "mse", "mae")
+        direction = "min" if any(word in name.lower() for word in lower) else "max"
+    missing = [s for s in snapshots if name not in s.facts.metrics]
+    if missing:
+        known = sorted({metric for s in snapshots for metric in s.facts.metrics})
+        raise UsageError(
+            f"{missing[0].path} states no metric '{name}'",
+            hint=f"metrics found: {listing(known) or 'none'}",
+        )
+    sign = -1 if direction == "max" else 1
+    best = sorted(snapshots, key=lambda s: sign * s.facts.metrics[name])[:count]
+    return [s for s in snapshots if s in best]

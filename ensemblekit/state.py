@@ -1,0 +1,412 @@
+"""Owns the making of weights out of snapshots: the only place where tensors are averaged.
+
+Input: a `SnapshotSet` and rows over it. Everything streams: a block of each snapshot at a time
+goes through a float64 accumulator, so memory grows neither with K nor with the model.
+"""
+
+import os
+import threading
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ensemblekit.candidates import Row
+from ensemblekit.containers import Extent, TensorSpec, is_dense, read_array, storage_span
+from ensemblekit.dtypes import narrow
+from ensemblekit.errors import DamagedError, IncompatibleError, InputError, NotFiniteError
+from ensemblekit.snapshots import Snapshot, SnapshotSet
+
+Sink = Callable[[str, int, npt.NDArray[np.uint8]], None]
+"""`sink(key, offset, data)`: takes bytes of a finished tensor, C order, from a byte offset on."""
+
+_BLOCK_VALUES = 1 << 20  # float64 values of all snapshots together that are in hand at a time
+_READ_BLOCK = 1 << 20
+_OUTLIER = 10.0
+_OUTLIER_SIZE = 64  # the norm of a few biases says little
+
+
+@dataclass
+class Similarity:
+    """How alike the snapshots are, from the same read that averages them.
+
+    Attributes:
+        cosines: Of each snapshot to the mean of the others in the first row, over all parameters;
+            1 is parallel. (To the mean itself two orthogonal snapshots still have 0.71.)
+        outliers: (snapshot name, key, ratio of its norm to the median norm of its siblings).
+    """
+
+    cosines: tuple[float, ...]
+    outliers: tuple[tuple[str, str, float], ...] = ()
+
+
+@dataclass
+class _Moments:
+    """Per tensor: squared norms of the snapshots, their products with the mean, its norm."""
+
+    squares_K: npt.NDArray[np.float64]
+    products_K: npt.NDArray[np.float64]
+    square: float = 0.0
+
+
+@dataclass
+class _Tally:
+    """What the workers report, by key."""
+
+    moments: dict[str, _Moments] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+def weighted_sums(
+    snapshots: SnapshotSet,
+    rows: Sequence[Row],
+    sinks: Sequence[Sink],
+    *,
+    replaced: frozenset[str] = frozenset(),
+    threads: int | None = None,
+) -> Similarity:
+    """Make the weights of every row in one read of the snapshots.
+
+    Sums run in canonical order in float64 (float64 sources: compensated), are divided once and
+    rounded once to the source dtype. Rows that take one snapshot and blocks that are bitwise
+    equal in all are copied. Integer tensors must be equal, but for counters of one element,
+    which take the newest value. Tied tensors are computed once and given to every key.
+
+    Args:
+        snapshots: K snapshots.
+        rows: M rows of K coefficients.
+        sinks: M receivers; called from several threads, in order within a key.
+        replaced: Keys whose values the caller replaces; they need not make sense.
+        threads: Workers; default: one for each core, at most 4.
+
+    Returns:
+        How alike the snapshots are, seen from the first row.
+
+    Raises:
+        NotFiniteError: NaN or Inf in a snapshot or, by overflow, in a result.
+        IncompatibleError: Integer tensors that differ.
+        InputError: A negative variance.
+        DamagedError: A checksum does not match, or a file changed.
+    """
+    assert len(rows) == len(sinks)
+    assert all(len(row.coefficients) == len(snapshots) for row in rows)
+    _check_shared_storages(snapshots)
+    tally = _Tally()
+    twins = {group[0]: group for group in snapshots.first.ties}
+    followers = {key for group in snapshots.first.ties for key in group[1:]}
+    jobs = [key for key in snapshots.first.tensors if key not in followers]
+    jobs.sort(key=lambda key: -snapshots.first.tensors[key].nbytes)  # long ones first
+    workers = threads or min(4, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [
+            pool.submit(
+                _average_tensor,
+                snapshots,
+                key,
+                rows,
+                [_fan_out(sink, twins.get(key, (key,))) for sink in sinks],
+                tally,
+                replaced=replaced,
+            )
+            for key in jobs
+        ]
+        wait(futures, return_when=FIRST_EXCEPTION)
+        for future in futures:
+            future.cancel()
+    for future in futures:
+        if not future.cancelled():
+            future.result()
+    for snapshot in snapshots.snapshots:
+        for source in snapshot.sources:
+            source.check_unchanged()
+    return _similarity(snapshots, rows[0], tally)
+
+
+def materialize(
+    snapshots: SnapshotSet, rows: Sequence[Row]
+) -> tuple[list[dict[str, npt.NDArray[Any]]], Similarity]:
+    """The weights of every row as arrays in memory, in torch's dtypes seen by numpy."""
+    arrays = [
+        {key: np.empty(s.shape, s.type.numpy) for key, s in snapshots.first.tensors.items()}
+        for _ in rows
+    ]
+
+    def into(target: Mapping[str, npt.NDArray[Any]]) -> Sink:
+        flat = {key: a.reshape(-1).view(np.uint8) for key, a in target.items()}
+
+        def sink(key: str, offset: int, data: npt.NDArray[np.uint8]) -> None:
+            flat[key][offset : offset + data.size] = data
+
+        return sink
+
+    similarity = weighted_sums(snapshots, rows, [into(target) for target in arrays])
+    return arrays, similarity
+
+
+def _fan_out(sink: Sink, keys: Sequence[str]) -> Sink:
+    def all_of_them(_: str, offset: int, data: npt.NDArray[np.uint8]) -> None:
+        for key in keys:
+            sink(key, offset, data)
+
+    return all_of_them
+
+
+def _average_tensor(
+    snapshots: SnapshotSet,
+    key: str,
+    rows: Sequence[Row],
+    sinks: Sequence[Sink],
+    tally: _Tally,
+    *,
+    replaced: frozenset[str],
+) -> None:
+    specs = [snapshot.tensors[key] for snapshot in snapshots.snapshots]
+    spec = specs[0]
+    if spec.size == 0:
+        return
+    reader = _Reader(key, snapshots.snapshots)
+    collect = reader.permutation is not None
+    parts: list[list[npt.NDArray[np.uint8]]] = [[] for _ in rows]
+    moments = _Moments(np.zeros(len(specs)), np.zeros(len(specs)))
+    for offset, block_KB in reader.blocks():
+        if spec.type.kind in ("float", "complex"):
+            results = _mix_floats(snapshots, key, block_KB, rows, moments, replaced=replaced)
+        else:
+            results = _pick_integers(snapshots, key, block_KB, rows)
+        for m, result in enumerate(results):
+            if collect:
+                parts[m].append(result.copy())
+            else:
+                sinks[m](key, offset, result)
+    if collect:
+        for m, pieces in enumerate(parts):
+            sinks[m](key, 0, reader.in_c_order(np.concatenate(pieces)))
+    with tally.lock:
+        tally.moments[key] = moments
+
+
+def _mix_floats(
+    snapshots: SnapshotSet,
+    key: str,
+    block_KB: npt.NDArray[np.uint8],
+    rows: Sequence[Row],
+    moments: _Moments,
+    *,
+    replaced: frozenset[str],
+) -> list[npt.NDArray[np.uint8]]:
+    real = snapshots.first.tensors[key].type.real
+    equal = bool((block_KB == block_KB[0]).all()) and len(block_KB) > 1
+    values_KN = block_KB.view(real).astype(np.float64)
+    _check_values(snapshots, key, values_KN, constant=equal)
+    results = []
+    for m, row in enumerate(rows):
+        only = 0 if equal else row.only
+        if only is not None:
+            mixed_N, result = values_KN[only], block_KB[only]
+        else:
+            mixed_N = _mix(values_KN, row, compensated=real == np.float64)
+            with np.errstate(over="ignore"):
+                narrowed = narrow(mixed_N, real)
+            result = narrowed.view(np.uint8)
+            if key not in replaced:
+                _check_result(key, narrowed)
+        if m == 0:
+            with np.errstate(invalid="ignore", over="ignore"):
+                moments.squares_K += np.einsum("kn,kn->k", values_KN, values_KN)
+                moments.products_K += values_KN @ mixed_N
+                moments.square += float(mixed_N @ mixed_N)
+        results.append(result)
+    return results
+
+
+def _mix(
+    values_KN: npt.NDArray[np.float64], row: Row, *, compensated: bool
+) -> npt.NDArray[np.float64]:
+    total_N = np.zeros(values_KN.shape[1])
+    lost_N = np.zeros_like(total_N) if compensated else None
+    for values_N, coefficient in zip(values_KN, row.coefficients, strict=True):
+        if coefficient == 0:
+            continue
+        term_N = values_N if coefficient == 1 else values_N * coefficient
+        if lost_N is None:
+            total_N += term_N
+            continue
+        new_N = total_N + term_N  # Knuth's two-sum: what the addition lost, exactly
+        part_N = new_N - total_N
+        lost_N += (total_N - (new_N - part_N)) + (term_N - part_N)
+        total_N = new_N
+    if lost_N is not None:
+        total_N += lost_N
+    total_N /= row.divisor
+    return total_N
+
+
+def _pick_integers(
+    snapshots: SnapshotSet, key: str, block_KB: npt.NDArray[np.uint8], rows: Sequence[Row]
+) -> list[npt.NDArray[np.uint8]]:
+    spec = snapshots.first.tensors[key]
+    same_K = (block_KB == block_KB[0]).all(axis=1)
+    if not same_K.all() and spec.size > 1 and any(row.only is None for row in rows):
+        odd = snapshots.snapshots[int(np.argmin(same_K))]
+        raise IncompatibleError(
+            f"{odd.path}: '{key}' ({spec.dtype}, shape {spec.shape}) differs from the one in "
+            f"{snapshots.first.path}; the mean of two index tables is not an index table",
+            hint="if they are quantised weights, average the float ones; if they are another "
+            f"network's, leave the file out: --exclude '{odd.name}'",
+        )
+    return [block_KB[row.newest if row.only is None else row.only] for row in rows]
+
+
+class _Reader:
+    """Blocks of one tensor in every snapshot, in the order in which the storages hold them."""
+
+    def __init__(self, key: str, snapshots: Sequence[Snapshot]) -> None:
+        self.key = key
+        self.snapshots = snapshots
+        self.specs = [snapshot.tensors[key] for snapshot in snapshots]
+        first = self.specs[0]
+        alike = all(s.stride == first.stride for s in self.specs) and is_dense(first)
+        self.whole: list[npt.NDArray[np.uint8]] | None = None
+        self.permutation: tuple[int, ...] | None = None
+        if not alike:  # rare: gaps, or different memory formats; each is brought to C order
+            self.whole = [read_array(s).reshape(-1).view(np.uint8) for s in self.specs]
+        elif first.stride is not None:
+            steps = first.stride
+            self.permutation = tuple(
+                sorted(range(len(steps)), key=lambda d: (-steps[d], -first.shape[d]))
+            )
+
+    def blocks(self) -> Any:
+        """(byte offset, array of K rows of bytes); the array is reused."""
+        spec = self.specs[0]
+        itemsize = spec.type.itemsize
+        count = max(256, _BLOCK_VALUES // len(self.specs))
+        step = min(count * itemsize, spec.nbytes)
+        buffer = np.empty((len(self.specs), step), np.uint8)
+        sums = [0] * len(self.specs)
+        for offset in range(0, spec.nbytes, step):
+            length = min(step, spec.nbytes - offset)
+            part = buffer if length == step else np.empty((len(self.specs), length), np.uint8)
+            for k, own in enumerate(self.specs):
+                if self.whole is not None:
+                    part[k] = self.whole[k][offset : offset + length]
+                    continue
+                own.extent.source.read_into(memoryview(part[k]), own.start + offset)
+                if _fills_storage(own) and own.extent.crc32 is not None:
+                    sums[k] = zlib.crc32(part[k], sums[k])
+            yield offset, part
+        for k, own in enumerate(self.specs):
+            if self.whole is None and _fills_storage(own) and own.extent.crc32 is not None:
+                _check_crc(own.extent, sums[k], f"{self.snapshots[k].path}: '{self.key}'")
+
+    def in_c_order(self, data: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Bytes in storage order brought to C order."""
+        assert self.permutation is not None
+        spec = self.specs[0]
+        stored = data.view(spec.type.numpy).reshape([spec.shape[d] for d in self.permutation])
+        in_order = stored.transpose(np.argsort(self.permutation))
+        return np.ascontiguousarray(in_order).reshape(-1).view(np.uint8)
+
+
+def _fills_storage(spec: TensorSpec) -> bool:
+    return spec.offset == 0 and storage_span(spec) * spec.type.itemsize == spec.extent.nbytes
+
+
+def _check_shared_storages(snapshots: SnapshotSet) -> None:
+    """Checksums of storages of which no tensor is the whole are checked ahead."""
+    for snapshot in snapshots.snapshots:
+        specs = snapshot.tensors.items()
+        partial = {s.extent: key for key, s in specs if not _fills_storage(s) or not is_dense(s)}
+        for extent, key in partial.items():
+            if extent.crc32 is None:
+                continue
+            total = 0
+            for place in range(0, extent.nbytes, _READ_BLOCK):
+                length = min(_READ_BLOCK, extent.nbytes - place)
+                total = zlib.crc32(extent.source.read(extent.start + place, length), total)
+            _check_crc(extent, total, f"{snapshot.path}: '{key}'")
+
+
+def _check_crc(extent: Extent, found: int, where: str) -> None:
+    if found != extent.crc32:
+        raise DamagedError(
+            f"{where}: wrong CRC-32: {found:08x}, the file says {extent.crc32:08x}",
+            hint="its bytes were damaged; copy it again, or leave it out with --exclude",
+        )
+
+
+def _check_values(
+    snapshots: SnapshotSet, key: str, values_KN: npt.NDArray[np.float64], *, constant: bool
+) -> None:
+    """NaN and Inf are errors; a mask of Inf that is the same in all snapshots is not."""
+    finite_K = np.isfinite(values_KN).all(axis=1)
+    if not finite_K.all() and not (constant and not np.isnan(values_KN[0]).any()):
+        bad = int(np.argmin(finite_K))
+        what = "NaN" if np.isnan(values_KN[bad]).any() else "Inf"
+        raise NotFiniteError(
+            f"{snapshots.snapshots[bad].path}: '{key}' contains {what}",
+            hint="the training diverged there; leave it out: "
+            f"--exclude '{snapshots.snapshots[bad].name}'",
+        )
+    if key.endswith("running_var") and (values_KN < 0).any():
+        bad = int(np.argmax((values_KN < 0).any(axis=1)))
+        raise InputError(
+            f"{snapshots.snapshots[bad].path}: '{key}' contains a negative variance",
+            hint=f"leave it out: --exclude '{snapshots.snapshots[bad].name}'",
+        )
+
+
+def _check_result(key: str, values: npt.NDArray[Any]) -> None:
+    wide = values.astype(np.float64)
+    if not np.isfinite(wide).all():
+        raise NotFiniteError(
+            f"'{key}': the average does not fit into {values.dtype}",
+            hint="coefficients far from a mean extrapolate; choose smaller ones",
+        )
+    if key.endswith("running_var") and (wide < 0).any():
+        raise InputError(
+            f"'{key}': negative coefficients made a variance negative",
+            hint="recompute the statistics: --model TARGET --train-data TARGET --bn recompute",
+        )
+
+
+def _similarity(snapshots: SnapshotSet, row: Row, tally: _Tally) -> Similarity:
+    count = len(snapshots)
+    squares_K, products_K, square = np.zeros(count), np.zeros(count), 0.0
+    outliers: list[tuple[str, str, float]] = []
+    for key in sorted(tally.moments):  # a fixed order, whatever the threads did
+        if key.endswith(("running_mean", "running_var")):
+            continue
+        moments = tally.moments[key]
+        if np.isfinite(moments.squares_K).all():
+            squares_K += moments.squares_K
+            products_K += moments.products_K
+            square += moments.square
+            if snapshots.first.tensors[key].size >= _OUTLIER_SIZE:
+                outliers += _outliers(snapshots, key, moments.squares_K)
+    shares_K = np.array(row.weights)  # what the others sum to: the mean less one's own share
+    with_others_K = products_K - shares_K * squares_K
+    others_K = square - 2 * shares_K * products_K + shares_K**2 * squares_K
+    lengths_K = np.sqrt(squares_K * np.maximum(others_K, 0))
+    alone_K = (lengths_K <= 1e-12 * max(square, 1e-300)) | (shares_K == 0)
+    cosines_K = np.divide(with_others_K, lengths_K, out=np.ones(count), where=~alone_K)
+    return Similarity(tuple(float(c) for c in cosines_K), tuple(outliers))
+
+
+def _outliers(
+    snapshots: SnapshotSet, key: str, squares_K: npt.NDArray[np.float64]
+) -> list[tuple[str, str, float]]:
+    """A tensor whose norm is ten times its siblings', or a tenth; three are needed to tell."""
+    norms_K = np.sqrt(squares_K)
+    middle = float(np.median(norms_K))
+    if len(norms_K) < 3 or middle == 0:
+        return []
+    return [
+        (snapshots.snapshots[k].name, key, float(norm / middle))
+        for k, norm in enumerate(norms_K)
+        if norm > _OUTLIER * middle or norm * _OUTLIER < middle
+    ]

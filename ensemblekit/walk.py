@@ -1,0 +1,132 @@
+"""Owns the way from CHECKPOINTS arguments to places that may hold one snapshot each.
+
+Input: files, folders and globs as typed. Folders are searched downwards; what is plainly no
+checkpoint is noted as such, never dropped without a word.
+"""
+
+import glob
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from ensemblekit.containers import sharded
+from ensemblekit.errors import UsageError, listing
+
+# By these endings a file claims to be a checkpoint: if it cannot be read, that is an error.
+_CLAIMS = {".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".tar", ".pyth", ".model", ".th"}
+# Files that training tools put beside the weights.
+_SIDE_FILES = (
+    *("optimizer*", "scheduler*", "scaler*", "random_states*", "rng_state*", "training_args.bin"),
+    *("*.json", "*.txt", "*.md", "*.csv", "*.yaml", "*.yml", "*.toml", "*.log", "*.py", "*.npz"),
+    *("*.npy", "*.png", "*.jpg", "*.svg", "*.html", "*.onnx", "events.out.*", ".*"),
+)
+_MAX_DEPTH = 6
+
+
+@dataclass(frozen=True)
+class Place:
+    """Something that may hold a snapshot.
+
+    Attributes:
+        path: A file, or a folder with a sharded checkpoint.
+        name: The path as shown, relative to where the search began.
+        found_in: The folder argument under which it was found, None when it was named itself.
+        claims: It was named or ends like a checkpoint: not being one is an error.
+    """
+
+    path: Path
+    name: str
+    found_in: Path | None
+    claims: bool
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A file that was not looked into, and why."""
+
+    name: str
+    reason: str
+
+
+def places(
+    arguments: Sequence[str | os.PathLike[str]], *, exclude: Iterable[str] = ()
+) -> tuple[list[Place], list[Passed]]:
+    """Every place that the arguments name, and what was passed over.
+
+    Args:
+        arguments: Files, folders and globs (`**` goes down folders).
+        exclude: Globs matched with the path as shown and with the file's name.
+
+    Raises:
+        UsageError: An argument names nothing.
+    """
+    found: dict[str, Place] = {}
+    passed: list[Passed] = []
+    for argument in arguments:
+        for path in _expand(os.fspath(argument)):
+            if path.is_dir() and sharded.index_of(path) is None:
+                items = _search(path, path, 0, passed)
+            else:
+                items = [Place(path, str(path), None, claims=True)]
+            for item in items:
+                found.setdefault(os.path.abspath(item.path), item)
+    kept = []
+    for item in found.values():
+        pattern = next((p for p in exclude if _matches(item, p)), None)
+        if pattern is None:
+            kept.append(item)
+        else:
+            passed.append(Passed(item.name, f"excluded by '{pattern}'"))
+    return kept, passed
+
+
+def _expand(argument: str) -> list[Path]:
+    path = Path(argument)
+    if os.path.lexists(path):
+        return [path]
+    if glob.has_magic(argument):
+        matches = [Path(m) for m in glob.glob(argument, recursive=True)]
+        kept = sorted(m for m in matches if m.is_dir() or not _is_side_file(m.name))
+        if kept:
+            return kept
+        raise UsageError(f"no file matches '{argument}'")
+    near = listing(sorted(p.name for p in path.parent.glob("*"))) if path.parent.is_dir() else ""
+    raise UsageError(
+        f"{argument}: no such file or folder",
+        hint=f"{path.parent} holds {near}" if near else None,
+    )
+
+
+def _search(folder: Path, top: Path, depth: int, passed: list[Passed]) -> list[Place]:
+    """Places below `folder`, sharded checkpoints as one."""
+    found: list[Place] = []
+    consumed: set[str] = set()
+    if sharded.index_of(folder) is not None:
+        found.append(Place(folder, _shown(folder, top), top, claims=True))
+        consumed = sharded.shards(folder)
+    for entry in sorted(os.scandir(folder), key=lambda e: e.name):
+        path = Path(entry.path)
+        if entry.is_dir():
+            if not entry.name.startswith(".") and depth < _MAX_DEPTH and not entry.is_symlink():
+                found.extend(_search(path, top, depth + 1, passed))
+        elif entry.name in consumed:
+            continue
+        elif _is_side_file(entry.name):
+            passed.append(Passed(_shown(path, top), "not a checkpoint"))
+        else:
+            found.append(Place(path, _shown(path, top), top, claims=path.suffix in _CLAIMS))
+    return found
+
+
+def _is_side_file(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in _SIDE_FILES)
+
+
+def _matches(item: Place, pattern: str) -> bool:
+    return fnmatch(item.name, pattern) or fnmatch(item.path.name, pattern)
+
+
+def _shown(path: Path, top: Path) -> str:
+    return str(path.relative_to(top)) if path != top else path.name
