@@ -1,2 +1,49 @@
-"""x"""
+"""ensemblekit: from the checkpoints of one training run to the model to ship.
+
+The public API loads when it is used (PEP 562); importing the package imports neither torch nor
+numpy.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ensemblekit.batchnorm import recompute_bn as recompute_bn
+    from ensemblekit.candidates import Candidate as Candidate
+    from ensemblekit.candidates import Row as Row
+    from ensemblekit.commands.audit import audit as audit
+    from ensemblekit.commands.average import AverageResult as AverageResult
+    from ensemblekit.commands.average import ModelOptions as ModelOptions
+    from ensemblekit.commands.average import average as average
+    from ensemblekit.discovery import discover as discover
+    from ensemblekit.errors import EnsembleKitError as EnsembleKitError
+    from ensemblekit.selection import Selection as Selection
+    from ensemblekit.snapshots import Snapshot as Snapshot
+    from ensemblekit.snapshots import SnapshotSet as SnapshotSet
+
 __version__ = "0.1.0"
+
+_PUBLIC: dict[str, str] = {
+    "AverageResult": "ensemblekit.commands.average",
+    "Candidate": "ensemblekit.candidates",
+    "EnsembleKitError": "ensemblekit.errors",
+    "ModelOptions": "ensemblekit.commands.average",
+    "Row": "ensemblekit.candidates",
+    "Selection": "ensemblekit.selection",
+    "Snapshot": "ensemblekit.snapshots",
+    "SnapshotSet": "ensemblekit.snapshots",
+    "audit": "ensemblekit.commands.audit",
+    "average": "ensemblekit.commands.average",
+    "discover": "ensemblekit.discovery",
+    "recompute_bn": "ensemblekit.batchnorm",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'ensemblekit' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*_PUBLIC, "__version__"])

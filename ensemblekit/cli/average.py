@@ -1,0 +1,133 @@
+"""`ensemblekit average`: many checkpoints, one model."""
+
+import json
+import shlex
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ensemblekit.averaging import RULES
+from ensemblekit.cli import options, show
+
+if TYPE_CHECKING:
+    from ensemblekit.commands.average import AverageResult
+
+_SELECTION = ("weights", "exclude", "last", "every", "from_step", "to_step", "best", "by")
+
+
+@click.command("average")
+@options.CHECKPOINTS
+@options.option("-o", "--output", default="averaged.safetensors", show_default=True, metavar="FILE",
+                help="The file to write.")
+@options.option("--method", default="uniform", show_default=True, type=click.Choice(list(RULES)),
+                help="The averaging rule.")
+@options.option("--coefficients", metavar="C1,C2,...",
+                help="For --method weighted: one number a snapshot, oldest first.")
+@options.SELECTION
+@options.MODEL
+@options.option("--bn", default="auto", show_default=True,
+                type=click.Choice(["auto", "recompute", "average", "error"]),
+                help="BatchNorm statistics: recompute when there are data, insist, keep the "
+                "averaged ones, or refuse those.")
+@options.option("--bn-samples", type=int, default=50_000, show_default=True, metavar="N",
+                help="At most N training samples for BatchNorm.")
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@click.option("--strict", is_flag=True, help="Treat a warning as a failure (exit 5).")
+@options.JSON
+@click.pass_obj
+def command(
+    obj: dict[str, bool],
+    checkpoints: tuple[str, ...],
+    output: str,
+    method: str,
+    coefficients: str | None,
+    bn: str,
+    force: bool,
+    dry_run: bool,
+    strict: bool,
+    as_json: bool,
+    model_arg: tuple[str, ...],
+    **rest: Any,
+) -> int:
+    """Average the weights of CHECKPOINTS into one model.
+
+    CHECKPOINTS are files, folders and globs; nothing in them is executed. With --model and
+    --train-data BatchNorm statistics are recomputed, with --val-data or --test-data the members
+    and the average are evaluated.
+    """
+    from ensemblekit.commands.average import ModelOptions, average
+    from ensemblekit.selection import Selection
+
+    selecting = {name: rest.pop(name) for name in _SELECTION}
+    rule_options = {} if coefficients is None else {"coefficients": _numbers(coefficients)}
+    if coefficients is not None and method == "uniform":
+        method = "weighted"
+    result = average(
+        checkpoints,
+        output,
+        method=method,
+        rule_options=rule_options,
+        selection=Selection(**selecting),
+        model=ModelOptions(model_args=options.pairs(model_arg) if model_arg else {}, **rest),
+        bn=bn,
+        force=force,
+        dry_run=dry_run,
+        strict=strict,
+        command=["ensemblekit", *sys.argv[1:]],
+        progress=show.progress(quiet=obj["quiet"] or as_json),
+    )
+    if as_json:
+        click.echo(json.dumps(result.to_json()))
+    else:
+        _print(result, dry_run=dry_run, quiet=obj["quiet"])
+    return 0
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.replace(" ", "").split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is not a list of numbers such as 1,1,2") from error
+
+
+def _print(result: "AverageResult", *, dry_run: bool, quiet: bool) -> None:
+    uneven = len({s["coefficient"] for s in result.snapshots}) > 1
+    for snapshot in result.snapshots if dry_run or uneven else ():
+        step = "" if snapshot["step"] is None else f"  at {show.number(snapshot['step'])}"
+        click.echo(f"{snapshot['coefficient']:.6g} x {snapshot['path']}{step}")
+    if result.evaluation:
+        show.table(
+            ["candidate", "BatchNorm", "split", "samples", "accuracy", "NLL"],
+            [
+                [e.candidate, e.batch_norm, e.split, e.samples, f"{e.accuracy:.4f}", f"{e.nll:.4f}"]
+                for e in result.evaluation
+            ],
+            right="samples accuracy NLL",
+        )
+    if not quiet:
+        for text in result.warnings:
+            show.warning(text)
+        _note_skipped(result)
+    verb = "would average" if dry_run else "up to date:" if result.up_to_date else "averaged"
+    norm = result.batch_norm
+    statistics = {
+        "none": "",
+        "averaged": f", {norm['layers']} BatchNorm layers with averaged statistics",
+        "recomputed": f", {norm['layers']} BatchNorm layers recomputed on "
+        f"{norm['samples']:,} samples",
+    }[norm["policy"]]
+    click.echo(
+        f"{verb} {len(result.snapshots)} snapshots ({result.method}, {result.parameters:,} "
+        f"parameters{statistics}) -> {shlex.quote(str(result.output))}"
+    )
+
+
+def _note_skipped(result: "AverageResult") -> None:
+    plain = [s for s in result.skipped if s["reason"] == "not a checkpoint"]
+    for item in result.skipped:
+        if item not in plain:
+            show.note(f"skipped {item['path']}: {item['reason']}")
+    if plain:
+        show.note(f"skipped {len(plain)} files that are no checkpoints (see: ensemblekit inspect)")

@@ -1,0 +1,69 @@
+"""`ensemblekit inspect`: the audit of a folder."""
+
+import json
+from typing import Any
+
+import click
+
+from ensemblekit.cli import options, show
+
+
+@click.command("inspect")
+@options.CHECKPOINTS
+@options.SELECTION
+@click.option("--deep", is_flag=True, help="Hash every file, however large.")
+@options.JSON
+@click.pass_obj
+def command(
+    obj: dict[str, bool], checkpoints: tuple[str, ...], deep: bool, as_json: bool, **selecting: Any
+) -> int:
+    """Show what CHECKPOINTS hold: order, learning rate, metrics, what is used and why not.
+
+    CHECKPOINTS are files, folders and globs. Nothing in them is executed.
+    """
+    from ensemblekit.commands.audit import audit
+    from ensemblekit.selection import Selection
+
+    report = audit(checkpoints, Selection(**selecting), deep=deep)
+    failed = report.errors[0] if report.errors else None
+    if as_json:
+        body = report.to_json()
+        if failed:
+            body["error"] = {"kind": failed.kind, "message": failed.message, "hint": failed.hint}
+        click.echo(json.dumps(body))
+        return failed.exit_code if failed else 0
+    described = [row for row in report.snapshots if "format" in row]
+    show.table(
+        ["checkpoint", "step", "epoch", "lr", "metrics", "weights", "tensors", "parameters", "status"],
+        [_cells(row) for row in described],
+        right="step epoch lr tensors parameters",
+    )
+    used = sum(row["status"] == "used" for row in described)
+    others = len(report.snapshots) - len(described)
+    click.echo(
+        f"{used} snapshots, ordered by {report.ordered_by}"
+        + (f"; {others} other files" if others else "")
+    )
+    for text in report.problems:
+        show.warning(text)
+    if failed and failed.hint:
+        show.note(f"hint: {failed.hint}")
+    return failed.exit_code if failed else 0
+
+
+def _cells(row: dict[str, Any]) -> list[object]:
+    metrics = " ".join(f"{name}={value:.4g}" for name, value in list(row["metrics"].items())[:3])
+    weights = row["weights"]
+    others = [name for name in row["weights_available"] if name != weights]
+    reason = f" ({row['reason']})" if row["reason"] else ""
+    return [
+        row["path"],
+        show.number(row["step"]),
+        show.number(row["epoch"]),
+        show.number(row["lr"]),
+        metrics,
+        weights + (f" (not {', '.join(others)})" if others else ""),
+        row["tensors"],
+        f"{row['parameters']:,}",
+        row["status"] + reason,
+    ]

@@ -1,0 +1,128 @@
+"""Owns the entry point: finds the command, turns errors into text and exit codes.
+
+Input: `sys.argv`. `--help` and `--version` import neither torch nor numpy.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import traceback
+from importlib import import_module
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+from ensemblekit import __version__
+from ensemblekit.cli import settings
+from ensemblekit.errors import EnsembleKitError, MachineError, UsageError, one_of
+
+# name -> (module, what the list of commands says)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "inspect": ("ensemblekit.cli.inspect", "Look at a folder of checkpoints: what is used, and why."),
+    "average": ("ensemblekit.cli.average", "Average checkpoints into one model."),
+    "demo": ("ensemblekit.cli.demo", "Train a small network and try everything on its snapshots."),
+}
+
+_ISSUES = "https://github.com/ensemblekit/ensemblekit/issues"
+
+
+class _Terminated(BaseException):
+    """SIGTERM, on its way up through every `finally`."""
+
+
+class _Commands(click.Group):
+    """Loads a command when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            one_of(cmd_name, COMMANDS, what="command")
+        command: click.Command = import_module(COMMANDS[cmd_name][0]).command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Start with: ensemblekit inspect ckpts/",
+)
+@click.version_option(__version__, message="ensemblekit %(version)s")
+@click.option("--config", metavar="FILE", help="Settings file [default: ensemblekit.toml here].")
+@click.option("-v", "--verbose", is_flag=True, help="Say more.")
+@click.option("-q", "--quiet", is_flag=True, help="Print results and errors only.")
+@click.pass_context
+def cli(ctx: click.Context, config: str | None, verbose: bool, quiet: bool) -> None:
+    """Turn the checkpoints of one training run into the model to ship."""
+    ctx.obj = {"verbose": verbose, "quiet": quiet}
+    ctx.default_map = settings.defaults(config, ctx.invoked_subcommand)
+
+
+def main() -> NoReturn:
+    """Run the command line and leave the process with its exit code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(argv: list[str]) -> int:
+    """Run one command and return its exit code; see the table in the README."""
+    as_json = "--json" in argv
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, _terminate)
+    try:
+        result = cli.main(args=argv, prog_name="ensemblekit", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except EnsembleKitError as error:
+        return _report(error, as_json=as_json)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return 0
+    except click.ClickException as error:
+        return _report(_from_click(error), as_json=as_json)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted; nothing half-written is left behind", err=True)
+        return 130
+    except _Terminated:
+        click.echo("terminated; nothing half-written is left behind", err=True)
+        return 143
+    except BrokenPipeError:  # the reader has gone, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except MemoryError:
+        return _report(MachineError("out of memory", hint="try --batch-size 32"), as_json=as_json)
+    except OSError as error:
+        return _report(MachineError(str(error)), as_json=as_json)
+    except Exception:  # noqa: BLE001  # the one place where our own bugs come out
+        traceback.print_exc()
+        click.echo(f"\nThis is a bug in ensemblekit {__version__}. Please report it, with the "
+                   f"lines above: {_ISSUES}", err=True)
+        return 1
+
+
+def _report(error: EnsembleKitError, *, as_json: bool) -> int:
+    if as_json:
+        body = {"kind": error.kind, "message": error.message, "hint": error.hint}
+        click.echo(json.dumps({"schema_version": 1, "error": body}))
+    else:
+        click.echo(click.style("error: ", fg="red", bold=True) + error.message, err=True)
+        if error.hint:
+            click.echo(click.style("hint: ", fg="cyan") + error.hint, err=True)
+    return error.exit_code
+
+
+def _from_click(error: click.ClickException) -> EnsembleKitError:
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "ensemblekit"
+    return UsageError(error.format_message(), hint=f"see: {path} --help")
+
+
+def _terminate(_: int, __: FrameType | None) -> Any:
+    raise _Terminated

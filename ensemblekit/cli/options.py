@@ -1,0 +1,89 @@
+"""Owns the options that commands share, each with its environment variable.
+
+Input: nothing; commands apply these as decorators.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import click
+
+from ensemblekit.errors import UsageError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def option(*names: str, **attributes: Any) -> Callable[[F], F]:
+    """A click option that can also be set by `ENSEMBLEKIT_<NAME>`."""
+    long = next(name for name in names if name.startswith("--")).split("/")[0]
+    variable = "ENSEMBLEKIT_" + long.removeprefix("--").replace("-", "_").upper()
+    return click.option(*names, envvar=variable, **attributes)
+
+
+def _stack(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    def apply(function: F) -> F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return apply
+
+
+CHECKPOINTS: Callable[[Any], Any] = click.argument(
+    "checkpoints", nargs=-1, required=True, metavar="CHECKPOINTS..."
+)
+
+SELECTION: Callable[[Any], Any] = _stack(
+    option("--weights", default="auto", metavar="auto|model|ema|KEY", show_default=True,
+           help="Which weights of a file that holds several."),
+    option("--exclude", multiple=True, metavar="GLOB", help="Leave files out. Repeatable."),
+    option("--last", type=int, metavar="N", help="Only the newest N."),
+    option("--every", type=int, metavar="N", help="Only each N-th, counted back from the newest."),
+    option("--from-step", type=float, metavar="S", help="Nothing before step (or epoch) S."),
+    option("--to-step", type=float, metavar="S", help="Nothing after step (or epoch) S."),
+    option("--best", type=int, metavar="N", help="Only the N best, see --by."),
+    option("--by", metavar="NAME[:min|:max]", help="The metric in the files that --best goes by."),
+)
+
+MODEL: Callable[[Any], Any] = _stack(
+    option("--model", metavar="TARGET",
+           help="FILE.py:NAME, package.module:NAME, timm:NAME or torchvision:NAME."),
+    option("--model-arg", multiple=True, metavar="K=V", help="Argument of the model. Repeatable."),
+    option("--train-data", metavar="TARGET", help="FILE.py:NAME, package.module:NAME or arrays.npz; "
+           "BatchNorm statistics are recomputed on it."),
+    option("--val-data", metavar="TARGET", help="Choices are made on it."),
+    option("--test-data", metavar="TARGET", help="Final figures are reported on it."),
+    option("--logits", metavar="KEY", help="Entry of a dict output that holds the logits."),
+    option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]|mps",
+           help="Where the model runs."),
+    option("--precision", default="fp32", show_default=True,
+           type=click.Choice(["fp32", "tf32", "bf16", "fp16"]), help="Of the forward pass."),
+    option("--batch-size", type=int, default=128, show_default=True, metavar="N",
+           help="Samples in a batch."),
+    option("--workers", type=int, default=0, show_default=True, metavar="N",
+           help="Data-loading processes."),
+    option("--limit", type=int, metavar="N", help="At most N samples of each data set."),
+    option("--seed", type=int, default=0, show_default=True, metavar="N",
+           help="Of the order of training samples."),
+)
+
+JSON: Callable[[Any], Any] = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object."
+)
+
+
+def pairs(texts: tuple[str, ...]) -> Mapping[str, Any]:
+    """K=V texts as a dict, values as Python literals.
+
+    Raises:
+        UsageError: A text without `=`.
+    """
+    from ensemblekit.targets import literal
+
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key.isidentifier():
+            raise UsageError(f"--model-arg {text}: write NAME=VALUE")
+        found[key] = literal(value)
+    return found

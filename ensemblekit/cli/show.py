@@ -1,0 +1,55 @@
+"""Owns how results look in a terminal: tables, notes, progress.
+
+Input: plain values. Data goes to stdout, everything else to stderr; no bars and no colour where
+there is no terminal.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+
+import click
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: str = "") -> None:
+    """Print a table; `right` names the columns that hold numbers."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for column in columns:
+        numbers = column in right.split()
+        shown.add_column(column, justify="right" if numbers else "left", no_wrap=numbers)
+    for row in rows:
+        shown.add_row(*("" if cell is None else str(cell) for cell in row))
+    width = None if sys.stdout.isatty() else 160
+    Console(file=sys.stdout, width=width, highlight=False).print(shown)
+
+
+def warning(text: str) -> None:
+    """A warning on stderr."""
+    click.echo(click.style("warning: ", fg="yellow", bold=True) + text, err=True)
+
+
+def note(text: str) -> None:
+    """A remark on stderr."""
+    click.echo(text, err=True)
+
+
+def progress(*, quiet: bool) -> Callable[[str, int, int | None], None] | None:
+    """A reporter of progress: one line that is rewritten, only where stderr is a terminal."""
+    if quiet or not sys.stderr.isatty():
+        return None
+
+    def report(what: str, done: int, total: int | None) -> None:
+        part = f"{done:,} of {total:,} samples" if total else f"{done:,} samples" if done else ""
+        click.echo(f"\r\x1b[2K{what} {part}\r", err=True, nl=False)
+
+    return report
+
+
+def number(value: float | None) -> str:
+    """A step, epoch or rate as people write it."""
+    if value is None:
+        return ""
+    return f"{value:g}" if abs(value) < 1e6 else f"{value:,.0f}"

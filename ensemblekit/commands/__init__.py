@@ -1,0 +1,1 @@
+"""Owns what the commands do, as plain functions; `cli/` only parses and prints."""
