@@ -14,6 +14,7 @@ from typing import Any
 from ensemblekit import containers, duplicates, layouts, walk
 from ensemblekit.containers import TensorSpec, Tree, Unusable, sharded
 from ensemblekit.errors import (
+    DamagedError,
     EnsembleKitError,
     IncompatibleError,
     InputError,
@@ -185,7 +186,8 @@ def _usable(tensors: Mapping[str, TensorSpec | Unusable], path: Path) -> dict[st
     usable: dict[str, TensorSpec] = {}
     for key, spec in tensors.items():
         if isinstance(spec, Unusable):
-            raise UnsupportedError(f"{path}: '{key}' {spec.reason}", hint=spec.hint)
+            kind = DamagedError if spec.damaged else UnsupportedError
+            raise kind(f"{path}: '{key}' {spec.reason}", hint=spec.hint)
         usable[key] = spec
     return usable
 

@@ -65,6 +65,7 @@ def means_of_others(snapshots: list[Snapshot]) -> list[tuple[Snapshot, list[Snap
 
 def _one_mean(snapshots: list[Snapshot]) -> tuple[Snapshot, list[Snapshot]] | None:
     values_SK = _sampled_values(snapshots)
+    values_SK = values_SK[np.isfinite(values_SK).all(axis=1)]  # NaN is `state`'s to report
     scale = np.abs(values_SK).max(initial=0.0)
     centred_SK = values_SK - values_SK.mean(axis=1, keepdims=True)
     if scale == 0 or len(values_SK) < 4 * len(snapshots):

@@ -75,10 +75,19 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Unusable:
-    """A leaf that stands for a tensor without usable values; the reason says why."""
+    """A leaf that stands for a tensor without usable values.
+
+    It is an error only if the tensor is wanted, and then one that can name the key.
+
+    Attributes:
+        reason: Predicate that completes "'key' ...", such as "is quantised".
+        hint: What to do about it.
+        damaged: The file is at fault, not the kind of tensor.
+    """
 
     reason: str
     hint: str | None = None
+    damaged: bool = False
 
 
 @dataclass(eq=False, slots=True)
@@ -156,42 +165,38 @@ def read(source: Source) -> Tree:
 
 
 def checked_spec(
-    where: str,
     *,
     dtype: str,
     shape: tuple[int, ...],
     stride: tuple[int, ...],
     offset: int,
     extent: Extent,
-) -> TensorSpec:
+) -> TensorSpec | Unusable:
     """A `TensorSpec` whose every element lies inside its storage and whose size is honest.
 
-    Raises:
-        DamagedError: Negative sizes, elements outside of the storage, or more bytes than the
-            file has (a stride of 0 can make a giant out of one number).
+    Returns `Unusable` for negative sizes, elements outside of the storage, or more bytes than
+    the file has (a stride of 0 can make a giant out of one number).
     """
     itemsize = DTYPES[dtype].itemsize
+    geometry = f"shape {shape}, stride {stride}, offset {offset}"
     if any(n < 0 for n in shape) or any(s < 0 for s in stride) or offset < 0:
-        raise DamagedError(
-            f"{where}: tensor with negative geometry: shape {shape}, stride {stride}, "
-            f"offset {offset}"
-        )
+        return Unusable(f"has negative geometry: {geometry}", damaged=True)
     if len(shape) != len(stride):
-        raise DamagedError(f"{where}: tensor of shape {shape} has stride {stride}")
+        return Unusable(f"has not one stride for each dimension: {geometry}", damaged=True)
     size = prod(shape)
     if size == 0:
         return TensorSpec(dtype, shape, None, 0, extent)
     last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
     held = extent.nbytes // itemsize
     if last >= held:
-        raise DamagedError(
-            f"{where}: tensor of shape {shape}, stride {stride} and offset {offset} needs "
-            f"{last + 1} elements, its storage holds {held}"
+        return Unusable(
+            f"needs {last + 1} elements ({geometry}), its storage holds {held}", damaged=True
         )
-    if size * itemsize > max(extent.source.size, 1):
-        raise DamagedError(
-            f"{where}: tensor of shape {shape} and stride {stride} would take "
-            f"{size * itemsize} bytes out of a file of {extent.source.size}"
+    if size * itemsize > extent.source.size:
+        return Unusable(
+            f"would take {size * itemsize} bytes ({geometry}) out of a file of "
+            f"{extent.source.size}",
+            damaged=True,
         )
     contiguous = stride == _c_strides(shape) or _is_contiguous(shape, stride)
     return TensorSpec(dtype, shape, None if contiguous else stride, offset, extent)

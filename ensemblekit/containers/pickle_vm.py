@@ -18,7 +18,7 @@ MAX_STACK = 1_000_000
 MAX_WORK = 1 << 30  # bytes copied by calls; each copy is small, their number might not be
 _HINT = "copy the file again, or leave it out with --exclude"
 
-StorageLookup = Callable[[str, int, str], Extent]
+StorageLookup = Callable[[str, int], Extent | Unusable]
 
 
 class Global(NamedTuple):
@@ -34,9 +34,8 @@ class Global(NamedTuple):
 class Storage(NamedTuple):
     """A tensor storage: where its bytes lie, and the dtype of a typed one (None: untyped)."""
 
-    extent: Extent | None
+    extent: Extent
     dtype: str | None
-    reason: str | None = None
 
 
 class _Mark:
@@ -53,7 +52,7 @@ def load(data: bytes, *, where: str, storage: StorageLookup) -> Any:
     Args:
         data: A complete pickle of protocol 0 to 5.
         where: Name for messages, such as the file's path.
-        storage: Finds the extent of a storage: `storage(key, nbytes, where)`.
+        storage: Finds the extent of a storage: `storage(key, nbytes)`.
 
     Raises:
         HostileError: It calls into the interpreter or the operating system.
@@ -231,22 +230,26 @@ class _Machine:
 
     def persistent(self, identity: Any) -> None:
         """A storage: ('storage', class, key, location, numel[, view])."""
+        self.push(self.find_storage(identity))
+
+    def find_storage(self, identity: Any) -> Storage | Unusable:
         if not (isinstance(identity, tuple) and len(identity) >= 5 and identity[0] == "storage"):
-            raise self.damaged(f"unknown persistent id {_brief(identity)}")
+            return Unusable(f"has an unknown persistent id {_brief(identity)}", damaged=True)
         kind, key, numel = identity[1], identity[2], identity[4]
         if not isinstance(kind, Global) or not isinstance(key, str) or type(numel) is not int:
-            raise self.damaged(f"unknown storage {_brief(identity)}")
+            return Unusable(f"has an unknown storage {_brief(identity)}", damaged=True)
         if kind.name in QUANTIZED_STORAGES:
-            self.push(Storage(None, None, "is quantised"))
-            return
+            return Unusable("is quantised", _DEQUANTIZE)
         known = from_torch_name(kind.name) if kind.module == "torch" else None
         name = known.name if known else STORAGES.get(kind.name)
-        if name is None:
-            raise self.damaged(f"unknown storage type {kind}")
+        if name is None or not kind.module.startswith("torch"):
+            return Unusable(f"has a storage of unknown type {kind}", damaged=True)
         if numel < 0:
-            raise self.damaged(f"storage '{key}' of {numel} elements")
-        extent = self.storage(key, numel * DTYPES[name].itemsize, f"{self.where}: storage '{key}'")
-        self.push(Storage(extent, None if kind.name == "UntypedStorage" else name))
+            return Unusable(f"has a storage of {numel} elements", damaged=True)
+        extent = self.storage(key, numel * DTYPES[name].itemsize)
+        if isinstance(extent, Unusable):
+            return extent
+        return Storage(extent, None if kind.name == "UntypedStorage" else name)
 
     def damaged(self, what: str) -> DamagedError:
         return DamagedError(
@@ -257,33 +260,34 @@ class _Machine:
 # --- globals that mean something
 
 
-def _tensor(machine: _Machine, args: tuple[Any, ...], dtype: str | None = None) -> Any:
+def _tensor(_: _Machine, args: tuple[Any, ...], dtype: str | None = None) -> Any:
     """torch._utils._rebuild_tensor_v2(storage, offset, size, stride, ...)."""
+    if len(args) < 4:
+        return Unusable(f"was made with {len(args)} arguments", damaged=True)
     storage, offset, shape, stride = args[:4]
     if isinstance(storage, Unusable):
         return storage
     if not isinstance(storage, Storage):
-        raise machine.damaged("a tensor without a storage")
-    if storage.extent is None:
-        return Unusable(storage.reason or "has no storage")
+        return Unusable(f"has a {type(storage).__name__} for a storage", damaged=True)
     dtype = dtype or storage.dtype
     if dtype is None:
-        raise machine.damaged("a tensor without a dtype")
+        return Unusable("has no dtype", damaged=True)
     sizes, steps = _integers(shape), _integers(stride)
     if sizes is None or steps is None or type(offset) is not int:
-        raise machine.damaged(f"a tensor of shape {_brief(shape)}, stride {_brief(stride)}")
-    where = machine.where
+        text = f"shape {_brief(shape)}, stride {_brief(stride)}, offset {_brief(offset)}"
+        return Unusable(f"has no sound geometry: {text}", damaged=True)
     return checked_spec(
-        where, dtype=dtype, shape=sizes, stride=steps, offset=offset, extent=storage.extent
+        dtype=dtype, shape=sizes, stride=steps, offset=offset, extent=storage.extent
     )
 
 
 def _tensor_v3(machine: _Machine, args: tuple[Any, ...]) -> Any:
     """torch._utils._rebuild_tensor_v3(storage, offset, size, stride, grad, hooks, dtype, ...)."""
-    dtype = args[6]
-    if not isinstance(dtype, str):
-        raise machine.damaged("a tensor without a dtype")
-    return _tensor(machine, args, dtype)
+    kind = args[6] if len(args) > 6 else None
+    known = from_torch_name(kind.name) if isinstance(kind, Global) else None
+    if known is None:
+        return Unusable(f"has an unknown dtype {_brief(kind)}", damaged=True)
+    return _tensor(machine, args, known.name)
 
 
 def _from_type(machine: _Machine, args: tuple[Any, ...]) -> Any:

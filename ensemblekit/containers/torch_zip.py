@@ -8,7 +8,7 @@ import struct
 import zlib
 from typing import NamedTuple
 
-from ensemblekit.containers import Extent, Tree, pickle_vm
+from ensemblekit.containers import Extent, Tree, Unusable, pickle_vm
 from ensemblekit.errors import DamagedError, UnsupportedError
 from ensemblekit.files import Source
 
@@ -65,15 +65,15 @@ def read(source: Source) -> Tree:
     has_crcs = any(record.crc32 for record in records.values())
     stream = _contents(source, records[pickles[0]], has_crcs=has_crcs)
 
-    def storage(key: str, nbytes: int, where: str) -> Extent:
+    def storage(key: str, nbytes: int) -> Extent | Unusable:
         record = records.get(f"{prefix}data/{key}")
         if record is None:
-            raise DamagedError(f"{where}: its storage record data/{key} is missing", hint=_HINT)
+            return Unusable(f"lies in a missing record, data/{key}", _HINT, damaged=True)
         if record.nbytes != nbytes:
-            raise DamagedError(
-                f"{where}: its storage record data/{key} has {record.nbytes} bytes, "
-                f"the pickle says {nbytes}",
-                hint=_HINT,
+            return Unusable(
+                f"lies in record data/{key} of {record.nbytes} bytes, the pickle says {nbytes}",
+                _HINT,
+                damaged=True,
             )
         crc32 = record.crc32 if has_crcs else None
         return Extent(source, record.start, record.nbytes, crc32)
