@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from ensemblekit.candidates import Candidate as Candidate
     from ensemblekit.candidates import Row as Row
     from ensemblekit.commands.audit import audit as audit
-    from ensemblekit.commands.average import AverageResult as AverageResult
-    from ensemblekit.commands.average import ModelOptions as ModelOptions
     from ensemblekit.commands.average import average as average
+    from ensemblekit.commands.model_options import ModelOptions as ModelOptions
+    from ensemblekit.commands.result import AverageResult as AverageResult
     from ensemblekit.discovery import discover as discover
     from ensemblekit.errors import EnsembleKitError as EnsembleKitError
     from ensemblekit.selection import Selection as Selection
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PUBLIC: dict[str, str] = {
-    "AverageResult": "ensemblekit.commands.average",
+    "AverageResult": "ensemblekit.commands.result",
     "Candidate": "ensemblekit.candidates",
     "EnsembleKitError": "ensemblekit.errors",
-    "ModelOptions": "ensemblekit.commands.average",
+    "ModelOptions": "ensemblekit.commands.model_options",
     "Row": "ensemblekit.candidates",
     "Selection": "ensemblekit.selection",
     "Snapshot": "ensemblekit.snapshots",

@@ -3,7 +3,7 @@
 Input: what a data target returned, or what a Python caller hands over.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,7 +126,8 @@ def _raw_batches(data: Any, plan: Plan) -> Iterable[Any]:
         loader: Any = torch.utils.data.DataLoader(
             data, batch_sampler=_index_batches(len(data), plan), num_workers=plan.workers
         )
-        return iter(loader)
+        batches_of_indices: Iterator[Any] = iter(loader)
+        return batches_of_indices
     if isinstance(data, Iterable):
         return data
     raise UsageError(
@@ -164,7 +165,7 @@ def _length(data: Any) -> int | None:
     if _is_map_style(data):
         return len(data)
     dataset = getattr(data, "dataset", None)  # a DataLoader: its length is in batches
-    return len(dataset) if hasattr(dataset, "__len__") else None
+    return len(dataset) if isinstance(dataset, Sized) else None
 
 
 def _is_arrays(data: Any) -> bool:

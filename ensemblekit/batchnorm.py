@@ -53,9 +53,7 @@ class _Pool:
         shift_C = other.mean_C - self.mean_C
         self.mean_C = self.mean_C + shift_C * (other.count / total)
         self.deviations_C = (
-            self.deviations_C
-            + other.deviations_C
-            + shift_C**2 * (self.count * other.count / total)
+            self.deviations_C + other.deviations_C + shift_C**2 * (self.count * other.count / total)
         )
         self.count = total
 
@@ -200,7 +198,7 @@ def _statistics(name: str, layer: nn.Module, x: torch.Tensor) -> _Pool:
 
 def _instance_statistics(name: str, layer: _InstanceNorm, wide: torch.Tensor) -> _Pool:
     """Instance norm keeps the mean over samples of each sample's mean and (unbiased) variance."""
-    if wide.ndim == layer._get_no_batch_dim():
+    if wide.ndim == layer._get_no_batch_dim():  # type: ignore[no-untyped-call]
         wide = wide.unsqueeze(0)
     variance_NC, mean_NC = torch.var_mean(wide, list(range(2, wide.ndim)), correction=1)
     mean_C, variance_C = mean_NC.mean(0), variance_NC.mean(0)
@@ -264,7 +262,8 @@ class _LabelOrder:
     def warnings(self) -> list[str]:
         if not self._sorted or len(self._seen) < 2 or self._batches < 2:
             return []
-        return [
+        text = (
             "the BatchNorm data come sorted by label, so their batches are not typical: "
             "deeper layers get wrong statistics; shuffle them"
-        ]
+        )
+        return [text]

@@ -68,9 +68,7 @@ def discover(
     return SnapshotSet(found.used, found.skipped, found.warnings, found.ordered_by)
 
 
-def examine(
-    checkpoints: Sequence[str | os.PathLike[str]], selection: Selection
-) -> Examination:
+def examine(checkpoints: Sequence[str | os.PathLike[str]], selection: Selection) -> Examination:
     """Look at everything and keep what is wrong as data.
 
     Raises:
@@ -95,6 +93,9 @@ def examine(
                 skipped.append(Skipped(place.name, "not a checkpoint"))
         except (InputError, MachineError) as error:
             errors.append(error)
+    excluded = [item for item in skipped if item.reason.startswith("excluded")]
+    if not found and not errors and excluded:
+        raise UsageError(f"--exclude leaves none of {len(excluded)} files")
     if not found and not errors:
         names = ", ".join(str(c) for c in checkpoints)
         errors.append(InputError(f"{names}: no checkpoints found", hint=_what_was_there(skipped)))
@@ -113,8 +114,11 @@ def _arrange(
         errors.append(error)
     if error := _several_variants(snapshots):
         errors.append(error)
-    for path in (s for s in snapshots if s.extras):
-        warnings.append(f"{path.name}: not averaged, because not tensors: {listing(path.extras)}")
+    warnings += [
+        f"{s.name}: not averaged, because not tensors: {listing(s.extras)}"
+        for s in snapshots
+        if s.extras
+    ]
     if not errors:
         try:
             check_same_signature(snapshots)
@@ -128,9 +132,7 @@ def _arrange(
             errors.append(error)
     if ordered_by == "content" and len(snapshots) > 1:
         warnings.append("neither the files nor their names tell an order; none was assumed")
-    return Examination(
-        tuple(snapshots), tuple(skipped), tuple(errors), tuple(warnings), ordered_by
-    )
+    return Examination(tuple(snapshots), tuple(skipped), tuple(errors), tuple(warnings), ordered_by)
 
 
 def read_snapshot(place: walk.Place, weights: str = "auto") -> Snapshot:
@@ -156,9 +158,8 @@ def read_snapshot(place: walk.Place, weights: str = "auto") -> Snapshot:
         extras=chosen.extras,
         is_average=chosen.is_average,
         sources=_own_sources(tree, chosen.tensors),
-        numbers=_numbers(path.name if path.is_dir() else _stem(path.name)) or _numbers(
-            path.parent.name if place.found_in not in (None, path.parent) else ""
-        ),
+        numbers=_numbers(path.name if path.is_dir() else _stem(path.name))
+        or _numbers(path.parent.name if place.found_in not in (None, path.parent) else ""),
         run=_run_of(place),
     )
 
@@ -289,5 +290,7 @@ def _what_was_there(skipped: list[Skipped]) -> str:
 def _combined(errors: Sequence[EnsembleKitError]) -> EnsembleKitError:
     first = errors[0]
     if len(errors) > 1:
-        first.hint = f"{first.hint or ''} ({len(errors) - 1} more; see: ensemblekit inspect)".strip()
+        first.hint = (
+            f"{first.hint or ''} ({len(errors) - 1} more; see: ensemblekit inspect)".strip()
+        )
     return first

@@ -129,4 +129,3 @@ def narrow(values: npt.NDArray[np.float64], dtype: np.dtype[Any]) -> npt.NDArray
     bits -= (inexact & (np.abs(back) > np.abs(values))).astype(np.uint32)  # towards zero ...
     bits |= inexact.astype(np.uint32)  # ... and sticky
     return nearest.astype(dtype)
-

@@ -98,7 +98,9 @@ def _sampled_values(snapshots: list[Snapshot]) -> npt.NDArray[np.float64]:
         for key, spec in sorted(first.items())
         if spec.type.kind == "float"
         and not key.endswith(("running_mean", "running_var"))  # these may be recomputed
-        and all(is_dense(s.tensors[key]) and s.tensors[key].stride == spec.stride for s in snapshots)
+        and all(
+            is_dense(s.tensors[key]) and s.tensors[key].stride == spec.stride for s in snapshots
+        )
     ]
     each = max(16, _MEAN_SAMPLES // max(len(keys), 1))
     columns = [

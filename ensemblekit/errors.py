@@ -6,6 +6,8 @@ Input: nothing. Each module raises these; only `cli/` turns them into text and e
 import difflib
 from collections.abc import Iterable
 
+_LONGEST = 4000
+
 
 class EnsembleKitError(Exception):
     """Base of every error that a user can cause or must act on.
@@ -19,9 +21,9 @@ class EnsembleKitError(Exception):
     kind = "bad-input"
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = printable(message)
+        self.hint = None if hint is None else printable(hint)
+        super().__init__(self.message)
 
 
 class UsageError(EnsembleKitError):
@@ -88,6 +90,16 @@ class CheckFailedError(EnsembleKitError):
     kind = "check-failed"
 
 
+def printable(text: str) -> str:
+    r"""`text` fit for a terminal: names out of files may hold escape sequences, or be endless.
+
+    >>> printable("key \x1b[2J")
+    'key \\x1b[2J'
+    """
+    shown = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text[:_LONGEST])
+    return shown if len(text) <= _LONGEST else f"{shown} ... ({len(text) - _LONGEST} more)"
+
+
 def one_of(name: str, valid: Iterable[str], *, what: str) -> str:
     """Return `name` if it is among `valid`, else raise naming the valid ones and the nearest.
 
@@ -112,6 +124,6 @@ def listing(names: Iterable[str], *, limit: int = 5) -> str:
     >>> listing(["a", "b", "c"], limit=2)
     'a, b and 1 more'
     """
-    items = list(names)
+    items = [name if len(name) <= 200 else f"{name[:200]}..." for name in names]
     shown = ", ".join(items[:limit])
     return f"{shown} and {len(items) - limit} more" if len(items) > limit else shown

@@ -266,7 +266,10 @@ class AtomicFile:
         done = 0
         while done < len(view):
             part, place = view[done:], offset + done
-            done += self._guarded("write", lambda p=part, o=place: os.pwrite(self._descriptor, p, o))
+            try:
+                done += os.pwrite(self._descriptor, part, place)
+            except OSError as error:
+                raise from_os_error(error, self.path, doing="write") from error
 
     def seal(self) -> Source:
         """Make the bytes durable and return the temporary file for reading back."""

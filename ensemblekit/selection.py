@@ -3,6 +3,7 @@
 Input: snapshots in canonical order.
 """
 
+import math
 from dataclasses import dataclass
 
 from ensemblekit.errors import UsageError, listing
@@ -53,14 +54,8 @@ def select(
         UsageError: It keeps none, or asks for steps or metrics that the files do not state.
     """
     kept = list(snapshots)
-    for bound, keep in (
-        (selection.from_step, lambda p, b: p >= b),
-        (selection.to_step, lambda p, b: p <= b),
-    ):
-        if bound is not None:
-            if ordered_by == "content":
-                raise UsageError("--from-step and --to-step need steps, epochs or numbered names")
-            kept = [s for s in kept if keep(position(s, ordered_by), bound)]
+    if selection.from_step is not None or selection.to_step is not None:
+        kept = _between(kept, selection.from_step, selection.to_step, ordered_by)
     if selection.every is not None:
         kept = kept[::-1][:: selection.every][::-1]
     if selection.last is not None:
@@ -68,9 +63,25 @@ def select(
     if selection.best is not None and selection.by is not None:
         kept = _best(kept, selection.best, selection.by)
     if snapshots and not kept:
-        raise UsageError(f"the selection leaves none of {len(snapshots)} snapshots")
+        spans = f"{position(snapshots[0], ordered_by)} to {position(snapshots[-1], ordered_by)}"
+        raise UsageError(
+            f"--from-step and --to-step leave none of {len(snapshots)} snapshots; "
+            f"they run from {ordered_by} {spans}"
+        )
     left = [s for s in snapshots if s not in kept]
     return kept, [Skipped(s.name, "not selected", s) for s in left]
+
+
+def _between(
+    snapshots: list[Snapshot], start: float | None, stop: float | None, ordered_by: str
+) -> list[Snapshot]:
+    low = -math.inf if start is None else start
+    high = math.inf if stop is None else stop
+    places = [position(s, ordered_by) for s in snapshots]
+    if any(place is None for place in places):
+        raise UsageError("--from-step and --to-step need steps, epochs or numbered names")
+    pairs = zip(snapshots, places, strict=True)
+    return [s for s, place in pairs if place is not None and low <= place <= high]
 
 
 def _best(snapshots: list[Snapshot], count: int, by: str) -> list[Snapshot]:

@@ -6,8 +6,7 @@ goes through a float64 accumulator, so memory grows neither with K nor with the 
 
 import os
 import threading
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,17 +14,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ensemblekit.blocks import TensorBlocks, check_shared_storages
 from ensemblekit.candidates import Row
-from ensemblekit.containers import Extent, TensorSpec, is_dense, read_array, storage_span
 from ensemblekit.dtypes import narrow
-from ensemblekit.errors import DamagedError, IncompatibleError, InputError, NotFiniteError
-from ensemblekit.snapshots import Snapshot, SnapshotSet
+from ensemblekit.errors import IncompatibleError, InputError, NotFiniteError
+from ensemblekit.snapshots import SnapshotSet
 
 Sink = Callable[[str, int, npt.NDArray[np.uint8]], None]
 """`sink(key, offset, data)`: takes bytes of a finished tensor, C order, from a byte offset on."""
 
-_BLOCK_VALUES = 1 << 20  # float64 values of all snapshots together that are in hand at a time
-_READ_BLOCK = 1 << 20
 _OUTLIER = 10.0
 _OUTLIER_SIZE = 64  # the norm of a few biases says little
 
@@ -94,7 +91,7 @@ def weighted_sums(
     """
     assert len(rows) == len(sinks)
     assert all(len(row.coefficients) == len(snapshots) for row in rows)
-    _check_shared_storages(snapshots)
+    check_shared_storages(snapshots.snapshots)
     tally = _Tally()
     twins = {group[0]: group for group in snapshots.first.ties}
     followers = {key for group in snapshots.first.ties for key in group[1:]}
@@ -126,25 +123,24 @@ def weighted_sums(
     return _similarity(snapshots, rows[0], tally)
 
 
+def array_sink(snapshots: SnapshotSet) -> tuple[dict[str, npt.NDArray[Any]], Sink]:
+    """Empty arrays of the snapshots' signature, and a sink that fills them."""
+    arrays = {key: np.empty(s.shape, s.type.numpy) for key, s in snapshots.first.tensors.items()}
+    flat = {key: array.reshape(-1).view(np.uint8) for key, array in arrays.items()}
+
+    def sink(key: str, offset: int, data: npt.NDArray[np.uint8]) -> None:
+        flat[key][offset : offset + data.size] = data
+
+    return arrays, sink
+
+
 def materialize(
     snapshots: SnapshotSet, rows: Sequence[Row]
 ) -> tuple[list[dict[str, npt.NDArray[Any]]], Similarity]:
     """The weights of every row as arrays in memory, in torch's dtypes seen by numpy."""
-    arrays = [
-        {key: np.empty(s.shape, s.type.numpy) for key, s in snapshots.first.tensors.items()}
-        for _ in rows
-    ]
-
-    def into(target: Mapping[str, npt.NDArray[Any]]) -> Sink:
-        flat = {key: a.reshape(-1).view(np.uint8) for key, a in target.items()}
-
-        def sink(key: str, offset: int, data: npt.NDArray[np.uint8]) -> None:
-            flat[key][offset : offset + data.size] = data
-
-        return sink
-
-    similarity = weighted_sums(snapshots, rows, [into(target) for target in arrays])
-    return arrays, similarity
+    targets = [array_sink(snapshots) for _ in rows]
+    similarity = weighted_sums(snapshots, rows, [sink for _, sink in targets])
+    return [arrays for arrays, _ in targets], similarity
 
 
 def _fan_out(sink: Sink, keys: Sequence[str]) -> Sink:
@@ -168,11 +164,11 @@ def _average_tensor(
     spec = specs[0]
     if spec.size == 0:
         return
-    reader = _Reader(key, snapshots.snapshots)
+    reader = TensorBlocks(key, snapshots.snapshots)
     collect = reader.permutation is not None
     parts: list[list[npt.NDArray[np.uint8]]] = [[] for _ in rows]
     moments = _Moments(np.zeros(len(specs)), np.zeros(len(specs)))
-    for offset, block_KB in reader.blocks():
+    for offset, block_KB in reader:
         if spec.type.kind in ("float", "complex"):
             results = _mix_floats(snapshots, key, block_KB, rows, moments, replaced=replaced)
         else:
@@ -259,84 +255,6 @@ def _pick_integers(
             f"network's, leave the file out: --exclude '{odd.name}'",
         )
     return [block_KB[row.newest if row.only is None else row.only] for row in rows]
-
-
-class _Reader:
-    """Blocks of one tensor in every snapshot, in the order in which the storages hold them."""
-
-    def __init__(self, key: str, snapshots: Sequence[Snapshot]) -> None:
-        self.key = key
-        self.snapshots = snapshots
-        self.specs = [snapshot.tensors[key] for snapshot in snapshots]
-        first = self.specs[0]
-        alike = all(s.stride == first.stride for s in self.specs) and is_dense(first)
-        self.whole: list[npt.NDArray[np.uint8]] | None = None
-        self.permutation: tuple[int, ...] | None = None
-        if not alike:  # rare: gaps, or different memory formats; each is brought to C order
-            self.whole = [read_array(s).reshape(-1).view(np.uint8) for s in self.specs]
-        elif first.stride is not None:
-            steps = first.stride
-            self.permutation = tuple(
-                sorted(range(len(steps)), key=lambda d: (-steps[d], -first.shape[d]))
-            )
-
-    def blocks(self) -> Any:
-        """(byte offset, array of K rows of bytes); the array is reused."""
-        spec = self.specs[0]
-        itemsize = spec.type.itemsize
-        count = max(256, _BLOCK_VALUES // len(self.specs))
-        step = min(count * itemsize, spec.nbytes)
-        buffer = np.empty((len(self.specs), step), np.uint8)
-        sums = [0] * len(self.specs)
-        for offset in range(0, spec.nbytes, step):
-            length = min(step, spec.nbytes - offset)
-            part = buffer if length == step else np.empty((len(self.specs), length), np.uint8)
-            for k, own in enumerate(self.specs):
-                if self.whole is not None:
-                    part[k] = self.whole[k][offset : offset + length]
-                    continue
-                own.extent.source.read_into(memoryview(part[k]), own.start + offset)
-                if _fills_storage(own) and own.extent.crc32 is not None:
-                    sums[k] = zlib.crc32(part[k], sums[k])
-            yield offset, part
-        for k, own in enumerate(self.specs):
-            if self.whole is None and _fills_storage(own) and own.extent.crc32 is not None:
-                _check_crc(own.extent, sums[k], f"{self.snapshots[k].path}: '{self.key}'")
-
-    def in_c_order(self, data: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """Bytes in storage order brought to C order."""
-        assert self.permutation is not None
-        spec = self.specs[0]
-        stored = data.view(spec.type.numpy).reshape([spec.shape[d] for d in self.permutation])
-        in_order = stored.transpose(np.argsort(self.permutation))
-        return np.ascontiguousarray(in_order).reshape(-1).view(np.uint8)
-
-
-def _fills_storage(spec: TensorSpec) -> bool:
-    return spec.offset == 0 and storage_span(spec) * spec.type.itemsize == spec.extent.nbytes
-
-
-def _check_shared_storages(snapshots: SnapshotSet) -> None:
-    """Checksums of storages of which no tensor is the whole are checked ahead."""
-    for snapshot in snapshots.snapshots:
-        specs = snapshot.tensors.items()
-        partial = {s.extent: key for key, s in specs if not _fills_storage(s) or not is_dense(s)}
-        for extent, key in partial.items():
-            if extent.crc32 is None:
-                continue
-            total = 0
-            for place in range(0, extent.nbytes, _READ_BLOCK):
-                length = min(_READ_BLOCK, extent.nbytes - place)
-                total = zlib.crc32(extent.source.read(extent.start + place, length), total)
-            _check_crc(extent, total, f"{snapshot.path}: '{key}'")
-
-
-def _check_crc(extent: Extent, found: int, where: str) -> None:
-    if found != extent.crc32:
-        raise DamagedError(
-            f"{where}: wrong CRC-32: {found:08x}, the file says {extent.crc32:08x}",
-            hint="its bytes were damaged; copy it again, or leave it out with --exclude",
-        )
 
 
 def _check_values(

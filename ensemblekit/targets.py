@@ -11,9 +11,8 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -225,8 +224,7 @@ def _arrays(target: Target) -> tuple[Any, Any]:
         if missing:
             raise UsageError(
                 f"data target '{target.text}': {path} has no array '{missing[0]}'",
-                hint=f"it has {listing(arrays, limit=8)}; "
-                f"choose with {path}?x=NAME&y=NAME",
+                hint=f"it has {listing(arrays, limit=8)}; choose with {path}?x=NAME&y=NAME",
             )
         return arrays[names[0]], arrays[names[1]]
 
@@ -237,7 +235,7 @@ def _user_code(what: str) -> Iterator[None]:
         yield
     except (UsageError, KeyboardInterrupt):
         raise
-    except Exception as error:  # noqa: BLE001  # whatever the user's code raises is theirs
+    except Exception as error:  # whatever the user's code raises is theirs
         raise UserCodeError(
             f"{what} raised {type(error).__name__}: {error}. The traceback is of your code:",
             traceback=_their_traceback(error),

@@ -71,7 +71,7 @@ def places(
             else:
                 items = [Place(path, str(path), None, claims=True)]
             for item in items:
-                found.setdefault(os.path.abspath(item.path), item)
+                found.setdefault(str(item.path.absolute()), item)
     kept = []
     for item in found.values():
         pattern = next((p for p in exclude if _matches(item, p)), None)
@@ -87,7 +87,7 @@ def _expand(argument: str) -> list[Path]:
     if os.path.lexists(path):
         return [path]
     if glob.has_magic(argument):
-        matches = [Path(m) for m in glob.glob(argument, recursive=True)]
+        matches = [Path(m) for m in glob.glob(argument, recursive=True)]  # noqa: PTH207  # absolute ones too
         kept = sorted(m for m in matches if m.is_dir() or not _is_side_file(m.name))
         if kept:
             return kept
@@ -108,9 +108,12 @@ def _search(folder: Path, top: Path, depth: int, passed: list[Passed]) -> list[P
         consumed = sharded.shards(folder)
     for entry in sorted(os.scandir(folder), key=lambda e: e.name):
         path = Path(entry.path)
-        if entry.is_dir():
+        if _is_folder(entry):
             if not entry.name.startswith(".") and depth < _MAX_DEPTH and not entry.is_symlink():
-                found.extend(_search(path, top, depth + 1, passed))
+                below = _search(path, top, depth + 1, passed)
+                if not below and path.suffix in _CLAIMS:
+                    below = [Place(path, _shown(path, top), top, claims=True)]
+                found.extend(below)
         elif entry.name in consumed:
             continue
         elif _is_side_file(entry.name):
@@ -118,6 +121,13 @@ def _search(folder: Path, top: Path, depth: int, passed: list[Passed]) -> list[P
         else:
             found.append(Place(path, _shown(path, top), top, claims=path.suffix in _CLAIMS))
     return found
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads in circles: reading it as a file will say so
+        return False
 
 
 def _is_side_file(name: str) -> bool:

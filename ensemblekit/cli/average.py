@@ -11,27 +11,51 @@ from ensemblekit.averaging import RULES
 from ensemblekit.cli import options, show
 
 if TYPE_CHECKING:
-    from ensemblekit.commands.average import AverageResult
+    from ensemblekit.commands.result import AverageResult
 
 _SELECTION = ("weights", "exclude", "last", "every", "from_step", "to_step", "best", "by")
 
 
 @click.command("average")
 @options.CHECKPOINTS
-@options.option("-o", "--output", default="averaged.safetensors", show_default=True, metavar="FILE",
-                help="The file to write.")
-@options.option("--method", default="uniform", show_default=True, type=click.Choice(list(RULES)),
-                help="The averaging rule.")
-@options.option("--coefficients", metavar="C1,C2,...",
-                help="For --method weighted: one number a snapshot, oldest first.")
+@options.option(
+    "-o",
+    "--output",
+    default="averaged.safetensors",
+    show_default=True,
+    metavar="FILE",
+    help="The file to write.",
+)
+@options.option(
+    "--method",
+    default="uniform",
+    show_default=True,
+    type=click.Choice(list(RULES)),
+    help="The averaging rule.",
+)
+@options.option(
+    "--coefficients",
+    metavar="C1,C2,...",
+    help="For --method weighted: one number a snapshot, oldest first.",
+)
 @options.SELECTION
 @options.MODEL
-@options.option("--bn", default="auto", show_default=True,
-                type=click.Choice(["auto", "recompute", "average", "error"]),
-                help="BatchNorm statistics: recompute when there are data, insist, keep the "
-                "averaged ones, or refuse those.")
-@options.option("--bn-samples", type=int, default=50_000, show_default=True, metavar="N",
-                help="At most N training samples for BatchNorm.")
+@options.option(
+    "--bn",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "recompute", "average", "error"]),
+    help="BatchNorm statistics: recompute when there are data, insist, keep the "
+    "averaged ones, or refuse those.",
+)
+@options.option(
+    "--bn-samples",
+    type=int,
+    default=50_000,
+    show_default=True,
+    metavar="N",
+    help="At most N training samples for BatchNorm.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @click.option("--strict", is_flag=True, help="Treat a warning as a failure (exit 5).")
@@ -39,6 +63,7 @@ _SELECTION = ("weights", "exclude", "last", "every", "from_step", "to_step", "be
 @click.pass_obj
 def command(
     obj: dict[str, bool],
+    /,
     checkpoints: tuple[str, ...],
     output: str,
     method: str,
@@ -57,7 +82,8 @@ def command(
     --train-data BatchNorm statistics are recomputed, with --val-data or --test-data the members
     and the average are evaluated.
     """
-    from ensemblekit.commands.average import ModelOptions, average
+    from ensemblekit.commands.average import average
+    from ensemblekit.commands.model_options import ModelOptions
     from ensemblekit.selection import Selection
 
     selecting = {name: rest.pop(name) for name in _SELECTION}

@@ -15,7 +15,12 @@ from ensemblekit.cli import options, show
 @options.JSON
 @click.pass_obj
 def command(
-    obj: dict[str, bool], checkpoints: tuple[str, ...], deep: bool, as_json: bool, **selecting: Any
+    obj: dict[str, bool],
+    /,
+    checkpoints: tuple[str, ...],
+    deep: bool,
+    as_json: bool,
+    **selecting: Any,
 ) -> int:
     """Show what CHECKPOINTS hold: order, learning rate, metrics, what is used and why not.
 
@@ -34,7 +39,17 @@ def command(
         return failed.exit_code if failed else 0
     described = [row for row in report.snapshots if "format" in row]
     show.table(
-        ["checkpoint", "step", "epoch", "lr", "metrics", "weights", "tensors", "parameters", "status"],
+        [
+            "checkpoint",
+            "step",
+            "epoch",
+            "lr",
+            "metrics",
+            "weights",
+            "tensors",
+            "parameters",
+            "status",
+        ],
         [_cells(row) for row in described],
         right="step epoch lr tensors parameters",
     )

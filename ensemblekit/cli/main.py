@@ -21,7 +21,10 @@ from ensemblekit.errors import EnsembleKitError, MachineError, UsageError, one_o
 
 # name -> (module, what the list of commands says)
 COMMANDS: dict[str, tuple[str, str]] = {
-    "inspect": ("ensemblekit.cli.inspect", "Look at a folder of checkpoints: what is used, and why."),
+    "inspect": (
+        "ensemblekit.cli.inspect",
+        "Look at a folder of checkpoints: what is used, and why.",
+    ),
     "average": ("ensemblekit.cli.average", "Average checkpoints into one model."),
     "demo": ("ensemblekit.cli.demo", "Train a small network and try everything on its snapshots."),
 }
@@ -102,8 +105,11 @@ def run(argv: list[str]) -> int:
         return _report(MachineError(str(error)), as_json=as_json)
     except Exception:  # noqa: BLE001  # the one place where our own bugs come out
         traceback.print_exc()
-        click.echo(f"\nThis is a bug in ensemblekit {__version__}. Please report it, with the "
-                   f"lines above: {_ISSUES}", err=True)
+        click.echo(
+            f"\nThis is a bug in ensemblekit {__version__}. Please report it, with the "
+            f"lines above: {_ISSUES}",
+            err=True,
+        )
         return 1
 
 

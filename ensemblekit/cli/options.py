@@ -34,8 +34,13 @@ CHECKPOINTS: Callable[[Any], Any] = click.argument(
 )
 
 SELECTION: Callable[[Any], Any] = _stack(
-    option("--weights", default="auto", metavar="auto|model|ema|KEY", show_default=True,
-           help="Which weights of a file that holds several."),
+    option(
+        "--weights",
+        default="auto",
+        metavar="auto|model|ema|KEY",
+        show_default=True,
+        help="Which weights of a file that holds several.",
+    ),
     option("--exclude", multiple=True, metavar="GLOB", help="Leave files out. Repeatable."),
     option("--last", type=int, metavar="N", help="Only the newest N."),
     option("--every", type=int, metavar="N", help="Only each N-th, counted back from the newest."),
@@ -46,25 +51,60 @@ SELECTION: Callable[[Any], Any] = _stack(
 )
 
 MODEL: Callable[[Any], Any] = _stack(
-    option("--model", metavar="TARGET",
-           help="FILE.py:NAME, package.module:NAME, timm:NAME or torchvision:NAME."),
+    option(
+        "--model",
+        metavar="TARGET",
+        help="FILE.py:NAME, package.module:NAME, timm:NAME or torchvision:NAME.",
+    ),
     option("--model-arg", multiple=True, metavar="K=V", help="Argument of the model. Repeatable."),
-    option("--train-data", metavar="TARGET", help="FILE.py:NAME, package.module:NAME or arrays.npz; "
-           "BatchNorm statistics are recomputed on it."),
+    option(
+        "--train-data",
+        metavar="TARGET",
+        help="FILE.py:NAME, package.module:NAME or arrays.npz; "
+        "BatchNorm statistics are recomputed on it.",
+    ),
     option("--val-data", metavar="TARGET", help="Choices are made on it."),
     option("--test-data", metavar="TARGET", help="Final figures are reported on it."),
     option("--logits", metavar="KEY", help="Entry of a dict output that holds the logits."),
-    option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]|mps",
-           help="Where the model runs."),
-    option("--precision", default="fp32", show_default=True,
-           type=click.Choice(["fp32", "tf32", "bf16", "fp16"]), help="Of the forward pass."),
-    option("--batch-size", type=int, default=128, show_default=True, metavar="N",
-           help="Samples in a batch."),
-    option("--workers", type=int, default=0, show_default=True, metavar="N",
-           help="Data-loading processes."),
+    option(
+        "--device",
+        default="auto",
+        show_default=True,
+        metavar="auto|cpu|cuda[:N]|mps",
+        help="Where the model runs.",
+    ),
+    option(
+        "--precision",
+        default="fp32",
+        show_default=True,
+        type=click.Choice(["fp32", "tf32", "bf16", "fp16"]),
+        help="Of the forward pass.",
+    ),
+    option(
+        "--batch-size",
+        type=int,
+        default=128,
+        show_default=True,
+        metavar="N",
+        help="Samples in a batch.",
+    ),
+    option(
+        "--workers",
+        type=int,
+        default=0,
+        show_default=True,
+        metavar="N",
+        help="Data-loading processes.",
+    ),
     option("--limit", type=int, metavar="N", help="At most N samples of each data set."),
-    option("--seed", type=int, default=0, show_default=True, metavar="N",
-           help="Of the order of training samples."),
+    option(
+        "--seed",
+        type=int,
+        default=0,
+        show_default=True,
+        metavar="N",
+        help="Of the order of training samples.",
+    ),
 )
 
 JSON: Callable[[Any], Any] = click.option(

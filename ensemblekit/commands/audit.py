@@ -73,9 +73,7 @@ def audit(
     return Audit(rows, problems, found.errors, found.ordered_by)
 
 
-def _row(
-    snapshot: Snapshot, *, status: str, reason: str | None, hashed: bool
-) -> dict[str, Any]:
+def _row(snapshot: Snapshot, *, status: str, reason: str | None, hashed: bool) -> dict[str, Any]:
     facts = snapshot.facts
     return {
         "path": str(snapshot.path),

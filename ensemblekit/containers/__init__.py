@@ -4,10 +4,8 @@ Input: an open `Source`. A container module offers `sniff(source) -> bool` and
 `read(source) -> Tree`; the registry below is tried in order.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
-from itertools import pairwise
 from math import prod
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -232,13 +230,6 @@ def is_dense(spec: TensorSpec) -> bool:
     return all(s == e for (s, _), e in zip(steps, expected, strict=False))
 
 
-def overlaps(extents: list[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Neighbouring (start, end) pairs that overlap or leave a hole, in order of their start."""
-    for left, right in pairwise(sorted(extents)):
-        if left[1] != right[0]:
-            yield left, right
-
-
 def _c_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     strides, step = [], 1
     for n in reversed(shape):
@@ -249,9 +240,7 @@ def _c_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     """Strides of dimensions of size 1 say nothing."""
-    return all(
-        n == 1 or s == c for n, s, c in zip(shape, stride, _c_strides(shape), strict=True)
-    )
+    return all(n == 1 or s == c for n, s, c in zip(shape, stride, _c_strides(shape), strict=True))
 
 
 def _module(name: str) -> ModuleType:

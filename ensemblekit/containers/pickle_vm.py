@@ -2,40 +2,28 @@
 
 Input: the bytes of a pickle. Tensors become descriptions, plain values stay what they are, and
 every other global becomes a lifeless `Inert`. The list of globals that mean something is
-`_REBUILD`; what may be called without raising suspicion is in `suspects`.
+`pickle_globals`; what may be called without raising suspicion is in `suspects`.
 """
 
 import struct
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-from ensemblekit.containers import Extent, Inert, Unusable, checked_spec, suspects
-from ensemblekit.dtypes import DTYPES, QUANTIZED_STORAGES, STORAGES, from_torch_name
+from ensemblekit.containers import Inert, Unusable, suspects
+from ensemblekit.containers.pickle_globals import (
+    REBUILD,
+    Global,
+    StorageLookup,
+    brief,
+    brief_args,
+    find_storage,
+)
 from ensemblekit.errors import DamagedError, HostileError
 
 MAX_OPCODES = 5_000_000
 MAX_STACK = 1_000_000
 MAX_WORK = 1 << 30  # bytes copied by calls; each copy is small, their number might not be
 _HINT = "copy the file again, or leave it out with --exclude"
-
-StorageLookup = Callable[[str, int], Extent | Unusable]
-
-
-class Global(NamedTuple):
-    """A name that the pickle would import."""
-
-    module: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.module}.{self.name}"
-
-
-class Storage(NamedTuple):
-    """A tensor storage: where its bytes lie, and the dtype of a typed one (None: untyped)."""
-
-    extent: Extent
-    dtype: str | None
 
 
 class _Mark:
@@ -168,13 +156,15 @@ class _Machine:
         if not isinstance(args, tuple):
             args = tuple(args) if isinstance(args, list) else (args,)
         self.refuse_if_hostile(function, args, new=new)
+        if isinstance(function, Inert):
+            return Inert(function.cls, args)
         if not isinstance(function, Global):
-            return Inert(str(getattr(function, "cls", type(function).__name__)), args)
-        rebuild = _REBUILD.get((function.module, function.name))
+            raise self.damaged(f"it calls a {type(function).__name__}")
+        rebuild = REBUILD.get((function.module, function.name))
         if rebuild is None:
             if function.module in ("torch", "torch.cuda") and function.name.endswith("Tensor"):
                 return Unusable(
-                    f"is torch.{function.name}{_brief_args(args)}: memory that nobody filled"
+                    f"is torch.{function.name}{brief_args(args)}: memory that nobody filled"
                 )
             return Inert(str(function), args)
         try:
@@ -197,14 +187,33 @@ class _Machine:
                 "and leave it out with --exclude",
             )
 
+    def refuse_hooks(self, target: Inert, *names: str) -> None:
+        """Methods that pickle would call may have been replaced by attributes set before."""
+        attributes = target.attributes()
+        for name in names:
+            hook = attributes.get(name)
+            if isinstance(hook, Global):
+                self.refuse_if_hostile(hook, (), new=False)
+
     def append_all(self, items: list[Any]) -> None:
         target = self.peek()
         if isinstance(target, list):
             target.extend(items)
         elif isinstance(target, Inert):
+            self.refuse_hooks(target, "append", "extend", "add")
             target.items.extend(items)
         else:
             raise self.damaged(f"it appends to a {type(target).__name__}")
+
+    def hashable(self, key: Any) -> Any:
+        """A key that hashes in constant time; nested tuples can be built to hash for years."""
+        if isinstance(key, list | dict):
+            raise self.damaged(f"a {type(key).__name__} as a key")
+        if isinstance(key, str | int | float | bytes | Global | Inert | type(None)):
+            return key
+        if isinstance(key, tuple) and len(key) < 64 and not any(type(k) is tuple for k in key):
+            return tuple(self.hashable(k) for k in key)
+        return Inert("key", (key,))
 
     def set_all(self, items: list[Any]) -> None:
         target = self.peek()
@@ -213,9 +222,13 @@ class _Machine:
         pairs = list(zip(items[::2], items[1::2], strict=True))
         if isinstance(target, dict):
             for key, value in pairs:
-                target[_hashable(key)] = value
+                target[self.hashable(key)] = value
         elif isinstance(target, Inert):
+            self.refuse_hooks(target, "__setitem__")
             target.mapping.extend(pairs)
+        elif isinstance(target, Global):
+            self.refuse_if_hostile(target, (), new=False)
+            raise self.damaged(f"it sets items on {target}")
         else:
             raise self.damaged(f"it sets items on a {type(target).__name__}")
 
@@ -225,31 +238,13 @@ class _Machine:
         if isinstance(target, Global):
             self.refuse_if_hostile(target, (state,), new=False)
         if isinstance(target, Inert):
+            self.refuse_hooks(target, "__setstate__")
             target.state = state
         # a state on a dict is an attribute such as state_dict's `_metadata`; nothing needs it
 
     def persistent(self, identity: Any) -> None:
         """A storage: ('storage', class, key, location, numel[, view])."""
-        self.push(self.find_storage(identity))
-
-    def find_storage(self, identity: Any) -> Storage | Unusable:
-        if not (isinstance(identity, tuple) and len(identity) >= 5 and identity[0] == "storage"):
-            return Unusable(f"has an unknown persistent id {_brief(identity)}", damaged=True)
-        kind, key, numel = identity[1], identity[2], identity[4]
-        if not isinstance(kind, Global) or not isinstance(key, str) or type(numel) is not int:
-            return Unusable(f"has an unknown storage {_brief(identity)}", damaged=True)
-        if kind.name in QUANTIZED_STORAGES:
-            return Unusable("is quantised", _DEQUANTIZE)
-        known = from_torch_name(kind.name) if kind.module == "torch" else None
-        name = known.name if known else STORAGES.get(kind.name)
-        if name is None or not kind.module.startswith("torch"):
-            return Unusable(f"has a storage of unknown type {kind}", damaged=True)
-        if numel < 0:
-            return Unusable(f"has a storage of {numel} elements", damaged=True)
-        extent = self.storage(key, numel * DTYPES[name].itemsize)
-        if isinstance(extent, Unusable):
-            return extent
-        return Storage(extent, None if kind.name == "UntypedStorage" else name)
+        self.push(find_storage(identity, self.storage))
 
     def damaged(self, what: str) -> DamagedError:
         return DamagedError(
@@ -257,212 +252,8 @@ class _Machine:
         )
 
 
-# --- globals that mean something
-
-
-def _tensor(_: _Machine, args: tuple[Any, ...], dtype: str | None = None) -> Any:
-    """torch._utils._rebuild_tensor_v2(storage, offset, size, stride, ...)."""
-    if len(args) < 4:
-        return Unusable(f"was made with {len(args)} arguments", damaged=True)
-    storage, offset, shape, stride = args[:4]
-    if isinstance(storage, Unusable):
-        return storage
-    if not isinstance(storage, Storage):
-        return Unusable(f"has a {type(storage).__name__} for a storage", damaged=True)
-    dtype = dtype or storage.dtype
-    if dtype is None:
-        return Unusable("has no dtype", damaged=True)
-    sizes, steps = _integers(shape), _integers(stride)
-    if sizes is None or steps is None or type(offset) is not int:
-        text = f"shape {_brief(shape)}, stride {_brief(stride)}, offset {_brief(offset)}"
-        return Unusable(f"has no sound geometry: {text}", damaged=True)
-    return checked_spec(
-        dtype=dtype, shape=sizes, stride=steps, offset=offset, extent=storage.extent
-    )
-
-
-def _tensor_v3(machine: _Machine, args: tuple[Any, ...]) -> Any:
-    """torch._utils._rebuild_tensor_v3(storage, offset, size, stride, grad, hooks, dtype, ...)."""
-    kind = args[6] if len(args) > 6 else None
-    known = from_torch_name(kind.name) if isinstance(kind, Global) else None
-    if known is None:
-        return Unusable(f"has an unknown dtype {_brief(kind)}", damaged=True)
-    return _tensor(machine, args, known.name)
-
-
-def _from_type(machine: _Machine, args: tuple[Any, ...]) -> Any:
-    """torch._tensor._rebuild_from_type_v2(function, type, args, state): a Tensor subclass."""
-    function, _, inner = args[:3]
-    return machine.call(function, inner)
-
-
-def _encode(machine: _Machine, args: tuple[Any, ...]) -> bytes:
-    """_codecs.encode(text, 'latin1'): how protocol 2 writes bytes."""
-    text = args[0]
-    machine.spend(len(text))
-    return bytes(text.encode("latin1"))
-
-
-def _ordered_dict(machine: _Machine, args: tuple[Any, ...]) -> dict[Any, Any]:
-    pairs = args[0] if args else ()
-    machine.spend(64 * len(pairs))
-    if isinstance(pairs, dict):
-        return dict(pairs)
-    return {_hashable(key): value for key, value in pairs}
-
-
-def _default_dict(machine: _Machine, args: tuple[Any, ...]) -> dict[Any, Any]:
-    return _ordered_dict(machine, args[1:])
-
-
-def _members(machine: _Machine, args: tuple[Any, ...]) -> list[Any]:
-    """Sets and tuples of items; a list will do, since members may not be hashable here."""
-    items = args[0] if args else ()
-    machine.spend(16 * len(items))
-    return list(items)
-
-
-def _size(_: _Machine, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(args[0])
-
-
-def _plain(kind: Callable[..., Any]) -> Callable[[_Machine, tuple[Any, ...]], Any]:
-    """A value of a built-in type, made from one short plain value."""
-
-    def make(_: _Machine, args: tuple[Any, ...]) -> Any:
-        if len(args) > 2 or not all(
-            isinstance(a, int | float | complex) or (isinstance(a, str | bytes) and len(a) < 400)
-            for a in args
-        ):
-            return Inert(kind.__name__, args)
-        return kind(*args)
-
-    return make
-
-
-def _device(_: _Machine, args: tuple[Any, ...]) -> str:
-    return ":".join(str(part) for part in args)
-
-
-def _numpy_scalar(_: _Machine, args: tuple[Any, ...]) -> Any:
-    """numpy's scalar(dtype, bytes): a metric, mostly."""
-    dtype, data = args[0], args[1] if len(args) > 1 else None
-    formats = {"f8": "<d", "f4": "<f", "f2": "<e", "i8": "<q", "i4": "<i", "b1": "<?"}
-    form = formats.get(str(dtype.args[0]).lstrip("<|=")) if isinstance(dtype, Inert) else None
-    if form is None or not isinstance(data, bytes) or len(data) != struct.calcsize(form):
-        return Inert("numpy.scalar", args)
-    return struct.unpack(form, data)[0]
-
-
-def _path(_: _Machine, args: tuple[Any, ...]) -> Any:
-    texts = [a for a in args if isinstance(a, str)]
-    return "/".join(texts).replace("//", "/") if len(texts) == len(args) else Inert("Path", args)
-
-
-def _reconstructor(_: _Machine, args: tuple[Any, ...]) -> Any:
-    """copyreg._reconstructor(cls, base, state): an instance, its __init__ not called."""
-    cls, base, state = args[:3]
-    if str(base) in ("builtins.dict", "__builtin__.dict"):
-        return dict(state) if isinstance(state, dict) else {}
-    return Inert(str(cls), (state,) if state is not None else ())
-
-
-def _unusable(reason: str, hint: str | None = None) -> Callable[[_Machine, tuple[Any, ...]], Any]:
-    return lambda _machine, _args: Unusable(reason, hint)
-
-
-_DEQUANTIZE = "average the float checkpoints and quantise the result"
-_REBUILD: dict[tuple[str, str], Callable[[_Machine, tuple[Any, ...]], Any]] = {
-    ("torch._utils", "_rebuild_tensor"): _tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_tensor_v3"): _tensor_v3,
-    ("torch._utils", "_rebuild_parameter"): lambda _, args: args[0],
-    ("torch._utils", "_rebuild_parameter_with_state"): lambda _, args: args[0],
-    ("torch._tensor", "_rebuild_from_type_v2"): _from_type,
-    ("torch._tensor", "_rebuild_from_type"): _from_type,
-    ("torch._utils", "_rebuild_qtensor"): _unusable("is quantised", _DEQUANTIZE),
-    ("torch._utils", "_rebuild_sparse_tensor"): _unusable(
-        "is sparse", "save it dense: tensor.to_dense()"
-    ),
-    ("torch._utils", "_rebuild_meta_tensor_no_storage"): _unusable(
-        "is a meta tensor: it has a shape, but no values"
-    ),
-    ("torch._utils", "_rebuild_nested_tensor"): _unusable("is a nested tensor"),
-    ("torch._utils", "_rebuild_wrapper_subclass"): _unusable(
-        "is a tensor subclass without values of its own (a DTensor shard, for instance)",
-        "gather the full tensors before saving: torch.distributed.checkpoint.state_dict."
-        "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))",
-    ),
-    ("torch._utils", "_rebuild_device_tensor_from_numpy"): _unusable("is stored as a numpy array"),
-    ("torch", "Size"): _size,
-    ("torch", "device"): _device,
-    ("torch.serialization", "_get_layout"): lambda _, args: str(args[0]),
-    ("torch.distributed.tensor", "DTensor"): _unusable("is a DTensor shard"),
-    ("collections", "OrderedDict"): _ordered_dict,
-    ("collections", "defaultdict"): _default_dict,
-    ("collections", "Counter"): _ordered_dict,
-    ("_codecs", "encode"): _encode,
-    ("copyreg", "_reconstructor"): _reconstructor,
-    ("copy_reg", "_reconstructor"): _reconstructor,
-    **{
-        (module, "scalar"): _numpy_scalar
-        for module in ("numpy.core.multiarray", "numpy._core.multiarray")
-    },
-    **{
-        ("pathlib", name): _path
-        for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
-    },
-    **{
-        (module, kind.__name__): _plain(kind)
-        for module in ("builtins", "__builtin__")
-        for kind in (int, float, complex, bool, str, slice)
-    },
-    **{
-        (module, name): _members
-        for module in ("builtins", "__builtin__")
-        for name in ("set", "frozenset", "list", "tuple")
-    },
-    **{
-        (module, "dict"): _ordered_dict
-        for module in ("builtins", "__builtin__")
-    },
-}
-
-
-def _integers(value: Any) -> tuple[int, ...] | None:
-    if not isinstance(value, tuple | list) or len(value) > 64:
-        return None
-    if not all(type(n) is int and abs(n) < 2**63 for n in value):
-        return None
-    return tuple(value)
-
-
-def _hashable(key: Any) -> Any:
-    """A key that hashes in constant time; nested tuples can be built to hash for years."""
-    if isinstance(key, str | int | float | bytes | Global | Inert | type(None)):
-        return key
-    if isinstance(key, tuple) and len(key) < 64 and not any(type(k) is tuple for k in key):
-        return tuple(_hashable(k) for k in key)
-    return Inert("key", (key,))
-
-
-def _brief(value: Any) -> str:
-    if isinstance(value, tuple | list):
-        inner = ", ".join(_brief(v) if not isinstance(v, tuple | list) else "..." for v in value[:6])
-        return f"({inner})"
-    if isinstance(value, str | int | float | bytes | bool | Global | type(None)):
-        text = str(value) if isinstance(value, Global) else repr(value)
-        return text if len(text) < 60 else text[:57] + "..."
-    return type(value).__name__
-
-
-def _brief_args(args: tuple[Any, ...]) -> str:
-    text = _brief(args)
-    return text if args else "()"
-
-
 def _call_name(function: Any) -> str:
-    return str(function) if isinstance(function, Global) else _brief(function)
+    return str(function) if isinstance(function, Global) else brief(function)
 
 
 # --- opcodes: what each takes from the stream and does to the stack
@@ -508,13 +299,13 @@ def _text(convert: Callable[[str], Any]) -> _Step:
         try:
             m.push(convert(text))
         except ValueError as error:
-            raise m.damaged(f"{_brief(text)} is not what its opcode says") from error
+            raise m.damaged(f"{brief(text)} is not what its opcode says") from error
 
     return step
 
 
 def _text_int(text: str) -> Any:
-    return {"00": False, "01": True}.get(text, None) if text in ("00", "01") else int(text)
+    return {"00": False, "01": True}.get(text) if text in ("00", "01") else int(text)
 
 
 def _quoted(text: str) -> str:
@@ -541,6 +332,10 @@ def _pop_any(m: _Machine) -> None:
     if not m.stack:
         raise m.damaged("it takes from an empty stack")
     m.stack.pop()
+
+
+def _pop_mark(m: _Machine) -> None:
+    m.pop_to_mark()
 
 
 def _global_lines(m: _Machine) -> None:
@@ -612,7 +407,7 @@ _STOP = ord(".")
 _OPCODES: dict[int, _Step] = {
     ord("("): _constant(_MARK),
     ord("0"): _pop_any,
-    ord("1"): lambda m: m.pop_to_mark() and None,
+    ord("1"): _pop_mark,
     ord("2"): lambda m: m.push(m.peek()),
     # numbers and constants
     ord("N"): _constant(None),
@@ -629,7 +424,9 @@ _OPCODES: dict[int, _Step] = {
     0x8B: _counted("<i", _signed),
     # texts and bytes
     ord("S"): _text(_quoted),
-    ord("V"): _text(lambda t: t.encode("latin1", "replace").decode("raw_unicode_escape", "replace")),
+    ord("V"): _text(
+        lambda t: t.encode("latin1", "replace").decode("raw_unicode_escape", "replace")
+    ),
     ord("T"): _counted("<i", _latin),
     ord("U"): _counted("<B", _latin),
     ord("X"): _counted("<I", _unicode),
@@ -687,5 +484,5 @@ _OPCODES: dict[int, _Step] = {
 def _memo_key(m: _Machine) -> int:
     text = m.line()
     if not text.isdecimal() or len(text) > 18:
-        raise m.damaged(f"memo entry {_brief(text)}")
+        raise m.damaged(f"memo entry {brief(text)}")
     return int(text)

@@ -4,10 +4,11 @@ Input: an open `Source`. Format: https://github.com/huggingface/safetensors#form
 """
 
 import json
+from itertools import pairwise
 from math import prod
 from typing import Any
 
-from ensemblekit.containers import Extent, Tree, TensorSpec, overlaps
+from ensemblekit.containers import Extent, TensorSpec, Tree
 from ensemblekit.dtypes import FROM_SAFETENSORS
 from ensemblekit.errors import DamagedError, UnsupportedError, listing
 from ensemblekit.files import Source
@@ -43,14 +44,16 @@ def read(source: Source) -> Tree:
         raise _damaged(source, "'__metadata__' is not an object of texts")
     data_size = source.size - data_start
     tensors: dict[str, TensorSpec] = {}
-    extents: list[tuple[int, int]] = [(0, 0), (data_size, data_size)]
+    extents = [(0, 0, "the header"), (data_size, data_size, "the end")]
     for key, entry in header.items():
         spec, begin, end = _spec(source, key, entry, data_start, data_size)
         tensors[key] = spec
-        extents.append((begin, end))
-    for (_, left_end), (right, _) in overlaps(extents):
-        what = "overlap" if right < left_end else "leave a hole"
-        raise _damaged(source, f"tensors {what} at bytes {right} to {left_end} of the data")
+        extents.append((begin, end, key))
+    for (_, left_end, left), (right, _, name) in pairwise(sorted(extents)):
+        if left_end != right:
+            what = "overlap" if right < left_end else "leave a hole"
+            ends = f"{left_end} and {right} of the data"
+            raise _damaged(source, f"'{left}' and '{name}' {what} between bytes {ends}")
     return Tree("safetensors", tensors, metadata, (source,))
 
 
@@ -62,7 +65,7 @@ def _header(source: Source) -> tuple[dict[str, Any], int]:
         raise _damaged(source, f"promises a header of {length} bytes in {source.size} bytes")
     try:
         text = source.read(8, length).decode("utf-8")
-        header = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        header = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise _damaged(source, f"the header is not JSON ({_brief(error)})") from error
     if not isinstance(header, dict):
@@ -113,10 +116,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the name '{twice}' stands twice")
     return found
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _brief(value: object) -> str:

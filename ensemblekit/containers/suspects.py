@@ -168,9 +168,9 @@ def _builtin(full: str, name: str, args: tuple[Any, ...]) -> str | None:
 
 
 def _in_data_module(full: str, name: str) -> str | None:
-    """Data modules have a few functions that reach out of the data."""
+    """Data modules have a few functions and methods that reach out of the data."""
     reaching = {"FileHandler", "basicConfig", "shutdown", "sleep", "system", "popen", "reduce"}
-    return full if name in reaching else None
+    return full if name in reaching or "." in name else None
 
 
 def _is_powerful(module: str) -> bool:

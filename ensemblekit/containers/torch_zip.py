@@ -120,11 +120,11 @@ def _end(source: Source) -> tuple[int, int, int]:
         locator = source.read(place - _END64_LOCATOR.size, _END64_LOCATOR.size)
         if locator.startswith(b"PK\x06\x07"):
             end64 = _END64_LOCATOR.unpack(locator)[2]
-            fields = _END64.unpack(source.read(end64, _END64.size))
-            if fields[0] != _END64_MAGIC:
+            place -= _END64_LOCATOR.size + _END64.size
+            fields = _END64.unpack(source.read(max(place, 0), _END64.size))
+            if end64 != place or fields[0] != _END64_MAGIC:
                 raise _damaged(source, "its zip64 end record is missing")
             count, size, start = fields[7:10]
-            place = end64
         elif count == 0xFFFF or 0xFFFFFFFF in (size, start):
             raise _damaged(source, "its zip64 locator is missing")
     if start + size != place:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ensemblekit.containers import TensorSpec, Tree, Unusable
 from ensemblekit.errors import UnsupportedError
@@ -19,6 +19,9 @@ LAYOUTS: dict[str, str] = {
     "torch-module": "ensemblekit.layouts.torch_module",
     "state-dict": "ensemblekit.layouts.state_dict",
 }
+
+# Optimizers, schedulers, gradient scalers and random states are known by these.
+_SIDE_KEYS = ("param_groups", "base_lrs", "last_epoch", "growth_factor", "exp_avg")
 
 Role = Literal["model", "ema", "swa", "other"]
 
@@ -73,13 +76,16 @@ def interpret(tree: Tree, path: Path) -> Reading:
     """Find the weights and facts in a tree.
 
     Raises:
-        UnsupportedError: It holds no weights.
+        NoWeightsError: It holds the state of an optimizer or the like.
+        UnsupportedError: It holds no weights that we recognise.
     """
     for name, module_name in LAYOUTS.items():
         layout = import_module(module_name)
         if layout.match(tree, path):
             return Reading(name, layout.weights(tree, path), layout.facts(tree, path))
-    raise NoWeightsError(
+    if _is_side_state(tree.root):
+        raise NoWeightsError(f"{path}: holds the state of a tool, no model weights")
+    raise UnsupportedError(
         f"{path}: holds no model weights that we recognise",
         hint="leave it out with --exclude, or save the weights: "
         "torch.save(model.state_dict(), path)",
@@ -87,7 +93,12 @@ def interpret(tree: Tree, path: Path) -> Reading:
 
 
 class NoWeightsError(UnsupportedError):
-    """A sound file without weights, such as an optimizer's state."""
+    """A sound file that tools write beside the weights, such as an optimizer's state."""
+
+
+def _is_side_state(root: Any) -> bool:
+    keys = {*_SIDE_KEYS, "python", "numpy", "random_state", "torch_manual_seed"}
+    return isinstance(root, dict) and not keys.isdisjoint(k for k in root if isinstance(k, str))
 
 
 def choose(weights: Mapping[str, Weights], wanted: str, path: Path) -> str:

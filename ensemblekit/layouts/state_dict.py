@@ -6,7 +6,7 @@ Input: a tree of safetensors, of a sharded folder, or of `torch.save(model.state
 from pathlib import Path
 
 from ensemblekit.containers import Tree
-from ensemblekit.layouts import Facts, Weights
+from ensemblekit.layouts import Facts, Role, Weights
 from ensemblekit.layouts.tensors import facts_in, make_weights, tensors_in
 
 OUR_METADATA = "ensemblekit"
@@ -20,7 +20,7 @@ def match(tree: Tree, path: Path) -> bool:
 def weights(tree: Tree, path: Path) -> dict[str, Weights]:
     """The one set of weights; an output of ours is known by its metadata to be an average."""
     is_average = OUR_METADATA in tree.metadata
-    role = "swa" if is_average else "model"
+    role: Role = "swa" if is_average else "model"
     leaves = tensors_in(tree.root) or {}
     return {"model": make_weights(leaves, role, is_average=is_average)}
 

@@ -23,7 +23,7 @@ _LR_KEYS = ("lr", "learning_rate")
 _NOT_METRICS = {*_STEP_KEYS, *_EPOCH_KEYS, *_LR_KEYS, "seed", "swa_n", "n_averaged", "version"}
 
 
-def tensors_in(value: Any) -> dict[str, Any] | None:
+def tensors_in(value: Any, depth: int = 0) -> dict[str, Any] | None:
     """A network's leaves by key, if `value` is a state dict or a pickled module, else None.
 
     Wrappings such as `{"state_dict": {...}}` and `{"module": {...}, "decay": ...}` are opened.
@@ -36,8 +36,8 @@ def tensors_in(value: Any) -> dict[str, Any] | None:
         return None
     if any(_is_weight(leaf) for leaf in value.values()):
         return dict(value)
-    for name in ("state_dict", "model", "module", "shadow", "params"):
-        inner = tensors_in(value.get(name))
+    for name in ("state_dict", "model", "module", "shadow", "params") if depth < 4 else ():
+        inner = tensors_in(value.get(name), depth + 1)
         if inner is not None:
             return inner
     return None
@@ -166,7 +166,7 @@ def _first(found: Mapping[str, float], keys: tuple[str, ...]) -> float | None:
 
 def _items(value: Any) -> list[tuple[str, Any]]:
     if isinstance(value, Inert):
-        value = dict((k, v) for k, v in value.mapping if isinstance(k, str))
+        value = {k: v for k, v in value.mapping if isinstance(k, str)}
     if not isinstance(value, dict):
         return []
     return [(key, item) for key, item in value.items() if isinstance(key, str)]

@@ -39,7 +39,7 @@ class Layout:
     places: Mapping[str, tuple[int, int]]
 
 
-Fill = Callable[[Callable[[str, int, npt.NDArray[np.uint8]], None]], None]
+Fill = Callable[[Callable[[str, int, npt.NDArray[np.uint8]], None]], object]
 
 
 def check_format(path: Path) -> None:
@@ -48,6 +48,8 @@ def check_format(path: Path) -> None:
     Raises:
         UsageError: Lists the endings that are.
     """
+    if not path.name:
+        raise UsageError("the output has no name", hint="-o averaged.safetensors")
     if path.suffix not in WRITERS:
         raise UsageError(
             f"output {path}: unknown ending '{path.suffix}'; valid: {', '.join(WRITERS)}",
@@ -103,8 +105,9 @@ def save(
         def sink(key: str, offset: int, data: npt.NDArray[np.uint8]) -> None:
             start, nbytes = layout.places[key]
             assert offset + data.size <= nbytes
-            file.write_at(memoryview(np.ascontiguousarray(data)), start + offset)
-            checksums[key] = zlib.crc32(data, checksums[key])
+            view = memoryview(np.ascontiguousarray(data).data)
+            file.write_at(view, start + offset)
+            checksums[key] = zlib.crc32(view, checksums[key])
 
         file.write_at(layout.head, 0)
         fill(sink)
@@ -115,7 +118,9 @@ def save(
         with locked_folder(path.parent):
             check_output(path, inputs=inputs, force=force)
             if note_path.exists() and read_manifest(path) is None and not force:
-                raise UsageError(f"{note_path} exists and is no manifest of ours", hint="use --force")
+                raise UsageError(
+                    f"{note_path} exists and is no manifest of ours", hint="use --force"
+                )
             # the manifest first: if we are stopped in between, the old output is still there
             note.rename()
             file.rename()

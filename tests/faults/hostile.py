@@ -70,7 +70,9 @@ CALLS: dict[str, Callable[[Site], Code]] = {
     "ctypes.CDLL": lambda _: call("ctypes.CDLL", "libc.so.6"),
     "pickle.loads": lambda s: call("pickle.loads", forge.pickled(call("os.system", s.touch))),
     "marshal.loads": lambda _: call("marshal.loads", b"\xe3" + b"\0" * 40),
-    "types.FunctionType": lambda _: call("types.FunctionType", call("marshal.loads", b"N"), {}),
+    "types.FunctionType|marshal.loads": lambda _: call(
+        "types.FunctionType", call("marshal.loads", b"N"), {}
+    ),
     "functools.partial|os.system": lambda s: call(
         call("functools.partial", named("os.system"), s.touch)
     ),
@@ -328,8 +330,15 @@ BROKEN: dict[str, bytes] = {
     "unknown-persistent-id": push("weights of mine") + b"Q",
     "unknown-persistent-text": b"Pweights\n",
 }
+# outside of the weights nobody reads what these stand for
+UNREAD = {"unknown-persistent-id", "unknown-persistent-text"}
 for name, code in BROKEN.items():
-    add_file("pickle", name, lambda _, c=code: torch_file(3, extra=Code(c)))
+    add_file(
+        "pickle",
+        name,
+        lambda _, c=code: torch_file(3, extra=Code(c)),
+        exits=(0, 3) if name in UNREAD else 3,
+    )
 WHOLE: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda _: b"",
     "no-stop": lambda p: p[:-1],

@@ -79,7 +79,9 @@ def listing(root: Path) -> dict[str, tuple[object, ...]]:
     for path in [root, *root.rglob("*")]:
         info = path.lstat()
         target = path.readlink() if stat.S_ISLNK(info.st_mode) else None
-        found[str(path)] = (info.st_mode, info.st_size, info.st_mtime_ns, info.st_ino, target)
+        # a folder's own size and time change when a temporary file comes and goes
+        own = (0, 0) if stat.S_ISDIR(info.st_mode) else (info.st_size, info.st_mtime_ns)
+        found[str(path)] = (info.st_mode, *own, info.st_ino, target)
     return found
 
 

@@ -97,32 +97,32 @@ add(
     parent_is_a_file,
     "file",
     exits=(USAGE, MACHINE),
-    args=("{folder}", "-o", "{out}/file/averaged.pt"),
+    args=("{folder}", "-o", "{out}/file/averaged.safetensors"),
 )
 add(
     "machine",
     "read-only-system",
     write_good,
-    "/sys/averaged.pt",
+    "/sys/averaged.safetensors",
     exits=MACHINE,
-    args=("{folder}", "-o", "/sys/averaged.pt"),
+    args=("{folder}", "-o", "/sys/averaged.safetensors"),
 )
 add(
     "machine",
     "name-too-long",
     write_good,
     exits=(USAGE, MACHINE),
-    args=("{folder}", "-o", "{out}/" + "x" * 300 + ".pt"),
+    args=("{folder}", "-o", "{out}/" + "x" * 300 + ".safetensors"),
 )
-for suffix in (".safetensors", ".pt"):
+for limit in (1, 512, 1024):
     add(
         "machine",
-        f"no-room{suffix}",
+        f"no-room-beyond-{limit}",
         full_disk,
-        f"averaged{suffix}",
+        "averaged.safetensors",
         exits=MACHINE,
-        args=("{folder}", "-o", "{out}/averaged" + suffix),
-        file_size_limit=512,
+        args=("{folder}", "-o", "{out}/averaged.safetensors"),
+        file_size_limit=limit,
     )
 
 

@@ -1,0 +1,95 @@
+"""Owns the reading of one tensor in all snapshots, block by block, with its checksums.
+
+Input: tensor descriptions. A block is an array of K rows of bytes, one row a snapshot.
+"""
+
+import zlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from ensemblekit.containers import Extent, TensorSpec, is_dense, read_array, storage_span
+from ensemblekit.errors import DamagedError
+from ensemblekit.snapshots import Snapshot
+
+_BLOCK_VALUES = 1 << 20  # values of all snapshots together that are in hand at a time
+_READ_BLOCK = 1 << 20
+
+
+class TensorBlocks:
+    """Blocks of one tensor in every snapshot, in the order in which the storages hold them."""
+
+    def __init__(self, key: str, snapshots: Sequence[Snapshot]) -> None:
+        self.key = key
+        self.snapshots = snapshots
+        self.specs = [snapshot.tensors[key] for snapshot in snapshots]
+        first = self.specs[0]
+        alike = all(s.stride == first.stride for s in self.specs) and is_dense(first)
+        self.whole: list[npt.NDArray[np.uint8]] | None = None
+        self.permutation: tuple[int, ...] | None = None
+        if not alike:  # rare: gaps, or different memory formats; each is brought to C order
+            self.whole = [read_array(s).reshape(-1).view(np.uint8) for s in self.specs]
+        elif first.stride is not None:
+            steps = first.stride
+            self.permutation = tuple(
+                sorted(range(len(steps)), key=lambda d: (-steps[d], -first.shape[d]))
+            )
+
+    def __iter__(self) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
+        """(byte offset, array of K rows of bytes); the array is reused."""
+        spec = self.specs[0]
+        itemsize = spec.type.itemsize
+        count = max(256, _BLOCK_VALUES // len(self.specs))
+        step = min(count * itemsize, spec.nbytes)
+        buffer = np.empty((len(self.specs), step), np.uint8)
+        sums = [0] * len(self.specs)
+        for offset in range(0, spec.nbytes, step):
+            length = min(step, spec.nbytes - offset)
+            part = buffer if length == step else np.empty((len(self.specs), length), np.uint8)
+            for k, own in enumerate(self.specs):
+                if self.whole is not None:
+                    part[k] = self.whole[k][offset : offset + length]
+                    continue
+                own.extent.source.read_into(memoryview(part[k]), own.start + offset)
+                if _fills_storage(own) and own.extent.crc32 is not None:
+                    sums[k] = zlib.crc32(part[k], sums[k])
+            yield offset, part
+        for k, own in enumerate(self.specs):
+            if self.whole is None and _fills_storage(own) and own.extent.crc32 is not None:
+                _check_crc(own.extent, sums[k], f"{self.snapshots[k].path}: '{self.key}'")
+
+    def in_c_order(self, data: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Bytes in storage order brought to C order."""
+        assert self.permutation is not None
+        spec = self.specs[0]
+        stored = data.view(spec.type.numpy).reshape([spec.shape[d] for d in self.permutation])
+        in_order = stored.transpose(np.argsort(self.permutation))
+        return np.ascontiguousarray(in_order).reshape(-1).view(np.uint8)
+
+
+def _fills_storage(spec: TensorSpec) -> bool:
+    return spec.offset == 0 and storage_span(spec) * spec.type.itemsize == spec.extent.nbytes
+
+
+def check_shared_storages(snapshots: Sequence[Snapshot]) -> None:
+    """Checksums of storages of which no tensor is the whole are checked ahead."""
+    for snapshot in snapshots:
+        specs = snapshot.tensors.items()
+        partial = {s.extent: key for key, s in specs if not _fills_storage(s) or not is_dense(s)}
+        for extent, key in partial.items():
+            if extent.crc32 is None:
+                continue
+            total = 0
+            for place in range(0, extent.nbytes, _READ_BLOCK):
+                length = min(_READ_BLOCK, extent.nbytes - place)
+                total = zlib.crc32(extent.source.read(extent.start + place, length), total)
+            _check_crc(extent, total, f"{snapshot.path}: '{key}'")
+
+
+def _check_crc(extent: Extent, found: int, where: str) -> None:
+    if found != extent.crc32:
+        raise DamagedError(
+            f"{where}: wrong CRC-32: {found:08x}, the file says {extent.crc32:08x}",
+            hint="its bytes were damaged; copy it again, or leave it out with --exclude",
+        )

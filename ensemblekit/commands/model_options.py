@@ -1,0 +1,60 @@
+"""Owns the options around a model and its data, shared by the commands that run one.
+
+Input: flags, or a Python caller's objects.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ensemblekit.errors import UsageError, one_of
+
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The model, the data, and how to run them; targets or Python objects.
+
+    Attributes:
+        model: A target such as `train.py:Net`, or an `nn.Module`.
+        model_args: Arguments of the model target.
+        train_data: What BatchNorm statistics are recomputed on, with the training's augmentation.
+        val_data: What choices are made on.
+        test_data: What is only reported.
+        bn_samples: At most so many training samples.
+        limit: At most so many samples of every data set.
+        batch_size: Samples in a batch; below 128 the statistics of deeper layers suffer.
+        device: `auto`, `cpu`, `cuda`, `cuda:N`, `mps`.
+        precision: `fp32`, `tf32`, `bf16`, `fp16`.
+        workers: Data-loading processes.
+        seed: Order of the training samples.
+        logits: Entry of a dict output that holds the logits.
+    """
+
+    model: Any = None
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    train_data: Any = None
+    val_data: Any = None
+    test_data: Any = None
+    bn_samples: int = 50_000
+    limit: int | None = None
+    batch_size: int = 128
+    device: str = "auto"
+    precision: str = "fp32"
+    workers: int = 0
+    seed: int = 0
+    logits: str | None = None
+
+    def __post_init__(self) -> None:
+        one_of(self.precision, PRECISIONS, what="precision")
+        for name in ("bn_samples", "limit", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        data = [n for n in ("train_data", "val_data", "test_data") if getattr(self, n) is not None]
+        if data and self.model is None:
+            raise UsageError(
+                f"--{data[0].replace('_', '-')} needs a model to run it through",
+                hint="--model FILE.py:NAME",
+            )

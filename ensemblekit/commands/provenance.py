@@ -1,0 +1,110 @@
+"""Owns what an output says about where it came from, and whether a command needs to run again.
+
+Input: snapshots, a row, and the result so far.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ensemblekit import __version__, writers
+from ensemblekit.candidates import BatchNorm, Candidate, Row
+from ensemblekit.commands.model_options import ModelOptions
+from ensemblekit.commands.result import AverageResult, Evaluation
+from ensemblekit.files import Source, sha256
+from ensemblekit.snapshots import SnapshotSet
+
+
+def metadata(snapshots: SnapshotSet, result: AverageResult) -> dict[str, str]:
+    """Facts that travel inside the file; nothing in them depends on the order of naming."""
+    facts = {
+        "version": __version__,
+        "method": result.method,
+        "snapshots": [
+            {"file": s.path.name, "step": used["step"], "coefficient": used["coefficient"]}
+            for s, used in zip(snapshots.snapshots, result.snapshots, strict=True)
+        ],
+        "batch_norm": result.batch_norm,
+    }
+    found = {"ensemblekit": json.dumps(facts)}
+    if snapshots.first.ties:
+        found["tied"] = json.dumps(snapshots.first.ties)
+    return found
+
+
+def manifest(
+    result: AverageResult,
+    snapshots: SnapshotSet,
+    row: Row,
+    policy: BatchNorm,
+    command: Sequence[str],
+    request: dict[str, Any],
+) -> dict[str, Any]:
+    """Everything that is needed to know, or to make, the output again."""
+    return {
+        **result.to_json(),
+        "candidate": Candidate("average", (row,), (policy,)).to_json(),
+        "ordered_by": snapshots.ordered_by,
+        "versions": {"ensemblekit": __version__, "numpy": np.__version__},
+        "command": list(command),
+        "request": request,
+    }
+
+
+def request(
+    snapshots: SnapshotSet, row: Row, method: str, bn: str, options: ModelOptions
+) -> dict[str, Any]:
+    """What determines the output: the same request over the same inputs gives the same file."""
+    sources = [source for s in snapshots.snapshots for source in s.sources]
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        digests = list(pool.map(sha256, sources))
+    return {
+        "inputs": [
+            {"file": str(source.path), "sha256": digest}
+            for source, digest in zip(sources, digests, strict=True)
+        ],
+        "weights": [s.variant for s in snapshots.snapshots],
+        "method": method,
+        "coefficients": [*row.coefficients, row.divisor],
+        "bn": bn,
+        "model": None if options.model is None else _options_digest(options),
+        "version": __version__,
+    }
+
+
+def up_to_date(path: Path, result: AverageResult, request: dict[str, Any]) -> AverageResult | None:
+    """The result of the earlier identical command, if its output is still there and whole."""
+    earlier = writers.read_manifest(path)
+    if earlier is None or not path.is_file() or earlier.get("request") != request:
+        return None
+    if earlier.get("sha256") != sha256(Source(path)):
+        return None
+    return replace(
+        result,
+        output=str(path),
+        sha256=earlier["sha256"],
+        batch_norm=earlier["batch_norm"],
+        evaluation=tuple(Evaluation(**e) for e in earlier["evaluation"]),
+        warnings=tuple(earlier["warnings"]),
+        cosines=tuple(earlier["cosines"]),
+        up_to_date=True,
+    )
+
+
+def _options_digest(options: ModelOptions) -> str:
+    """Digest of targets, of the files behind them, and of every setting."""
+    from ensemblekit.targets import fingerprint
+
+    parts = []
+    for name, value in sorted(vars(options).items()):
+        is_target = name in ("model", "train_data", "val_data", "test_data")
+        shown = fingerprint(value) if is_target and isinstance(value, str) else repr(value)
+        parts.append(f"{name}={shown}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
