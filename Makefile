@@ -29,7 +29,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/ensemblekit demo demo
+	$(BIN)/ensemblekit demo --force demo
 
 test: $(READY)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -124,14 +124,7 @@ def _print(result: "AverageResult", *, dry_run: bool, quiet: bool) -> None:
         step = "" if snapshot["step"] is None else f"  at {show.number(snapshot['step'])}"
         click.echo(f"{snapshot['coefficient']:.6g} x {snapshot['path']}{step}")
     if result.evaluation:
-        show.table(
-            ["candidate", "BatchNorm", "split", "samples", "accuracy", "NLL"],
-            [
-                [e.candidate, e.batch_norm, e.split, e.samples, f"{e.accuracy:.4f}", f"{e.nll:.4f}"]
-                for e in result.evaluation
-            ],
-            right="samples accuracy NLL",
-        )
+        _print_evaluation(result)
     if not quiet:
         for text in result.warnings:
             show.warning(text)
@@ -148,6 +141,21 @@ def _print(result: "AverageResult", *, dry_run: bool, quiet: bool) -> None:
         f"{verb} {len(result.snapshots)} snapshots ({result.method}, {result.parameters:,} "
         f"parameters{statistics}) -> {shlex.quote(str(result.output))}"
     )
+
+
+def _print_evaluation(result: "AverageResult") -> None:
+    """One row a candidate, the splits side by side."""
+    splits = {e.split: e.samples for e in result.evaluation}
+    cells = {(e.candidate, e.batch_norm, e.split): e for e in result.evaluation}
+    columns = [f"{split} {metric}" for split in splits for metric in ("accuracy", "NLL")]
+    rows = []
+    for candidate, batch_norm in dict.fromkeys((c, b) for c, b, _ in cells):
+        found = [cells[candidate, batch_norm, split] for split in splits]
+        figures = [figure for e in found for figure in (f"{e.accuracy:.4f}", f"{e.nll:.4f}")]
+        chosen = candidate == "average" and batch_norm == result.batch_norm["policy"]
+        rows.append([candidate, batch_norm, *figures, "<- written" if chosen else ""])
+    show.table(["candidate", "BatchNorm", *columns, ""], rows, right=columns)
+    click.echo(", ".join(f"{split}: {count:,} samples" for split, count in splits.items()))
 
 
 def _note_skipped(result: "AverageResult") -> None:

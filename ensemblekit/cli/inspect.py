@@ -51,7 +51,7 @@ def command(
             "status",
         ],
         [_cells(row) for row in described],
-        right="step epoch lr tensors parameters",
+        right=["step", "epoch", "lr", "tensors", "parameters"],
     )
     used = sum(row["status"] == "used" for row in described)
     others = len(report.snapshots) - len(described)

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 import click
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: str = "") -> None:
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[str] = ()
+) -> None:
     """Print a table; `right` names the columns that hold numbers."""
     from rich import box
     from rich.console import Console
@@ -18,7 +20,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: st
 
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for column in columns:
-        numbers = column in right.split()
+        numbers = column in right
         shown.add_column(column, justify="right" if numbers else "left", no_wrap=numbers)
     for row in rows:
         shown.add_row(*("" if cell is None else str(cell) for cell in row))
