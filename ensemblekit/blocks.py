@@ -25,7 +25,7 @@ class TensorBlocks:
         self.snapshots = snapshots
         self.specs = [snapshot.tensors[key] for snapshot in snapshots]
         first = self.specs[0]
-        alike = all(s.stride == first.stride for s in self.specs) and is_dense(first)
+        alike = all(s.stride == first.stride and is_dense(s) for s in self.specs)
         self.whole: list[npt.NDArray[np.uint8]] | None = None
         self.permutation: tuple[int, ...] | None = None
         if not alike:  # rare: gaps, or different memory formats; each is brought to C order
@@ -69,6 +69,8 @@ class TensorBlocks:
 
 
 def _fills_storage(spec: TensorSpec) -> bool:
+    if spec.pieces:
+        return False
     return spec.offset == 0 and storage_span(spec) * spec.type.itemsize == spec.extent.nbytes
 
 
@@ -76,7 +78,12 @@ def check_shared_storages(snapshots: Sequence[Snapshot]) -> None:
     """Checksums of storages of which no tensor is the whole are checked ahead."""
     for snapshot in snapshots:
         specs = snapshot.tensors.items()
-        partial = {s.extent: key for key, s in specs if not _fills_storage(s) or not is_dense(s)}
+        partial = {
+            extent: key
+            for key, spec in specs
+            if not (_fills_storage(spec) and is_dense(spec))
+            for extent in spec.extents
+        }
         for extent, key in partial.items():
             if extent.crc32 is None:
                 continue

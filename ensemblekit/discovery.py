@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ensemblekit import containers, duplicates, layouts, walk
-from ensemblekit.containers import TensorSpec, Tree, Unusable, sharded
+from ensemblekit.containers import TensorSpec, Tree, Unusable
 from ensemblekit.errors import (
     DamagedError,
     EnsembleKitError,
@@ -142,7 +142,7 @@ def read_snapshot(place: walk.Place, weights: str = "auto") -> Snapshot:
         InputError: Damaged, hostile, without weights, or with tensors that have no values.
     """
     path = place.path
-    tree = sharded.read_folder(path) if path.is_dir() else containers.read(Source(path))
+    tree = containers.read_folder(path) if path.is_dir() else containers.read(Source(path))
     reading = layouts.interpret(tree, path)
     variant = layouts.choose(reading.weights, weights, path)
     chosen = reading.weights[variant]
@@ -194,7 +194,7 @@ def _usable(tensors: Mapping[str, TensorSpec | Unusable], path: Path) -> dict[st
 
 
 def _own_sources(tree: Tree, tensors: Mapping[str, Any]) -> tuple[Source, ...]:
-    used = {spec.extent.source for spec in tensors.values() if isinstance(spec, TensorSpec)}
+    used = {spec.extent.source.file for spec in tensors.values() if isinstance(spec, TensorSpec)}
     return tuple(source for source in tree.sources if source in used) or tree.sources
 
 

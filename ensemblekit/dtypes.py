@@ -86,8 +86,14 @@ STORAGES: dict[str, str] = {
     "ComplexDoubleStorage": "complex128",
     "UntypedStorage": "uint8",
 }
-QUANTIZED_STORAGES = {"QInt8Storage", "QUInt8Storage", "QInt32Storage", "QUInt4x2Storage"}
-QUANTIZED_STORAGES |= {"QUInt2x4Storage"}
+# Quantised ones, with the bytes of an element.
+QUANTIZED_STORAGES = {
+    "QInt8Storage": 1,
+    "QUInt8Storage": 1,
+    "QInt32Storage": 4,
+    "QUInt4x2Storage": 1,
+    "QUInt2x4Storage": 1,
+}
 
 _TORCH_ALIASES = {
     "float": "float32",

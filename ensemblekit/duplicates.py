@@ -119,7 +119,7 @@ def _leading(spec: TensorSpec, count: int) -> npt.NDArray[np.float64]:
 def _sample(snapshot: Snapshot) -> bytes:
     """A digest of a few bytes of a few tensors: equal weights have equal ones."""
     digest = hashlib.sha256(repr(sorted(snapshot.signature.items())).encode())
-    dense = [key for key in sorted(snapshot.tensors) if snapshot.tensors[key].stride is None]
+    dense = [key for key in sorted(snapshot.tensors) if snapshot.tensors[key].in_one_run]
     for key in dense[:: max(1, len(dense) // _SAMPLED_TENSORS)]:
         spec = snapshot.tensors[key]
         source, length = spec.extent.source, min(_SAMPLE_BYTES, spec.nbytes)
@@ -135,7 +135,7 @@ def _equal(one: Snapshot, other: Snapshot) -> bool:
 
 
 def _same_bytes(one: TensorSpec, other: TensorSpec) -> bool:
-    if one.stride is not None or other.stride is not None:
+    if not (one.in_one_run and other.in_one_run):
         return read_array(one).tobytes() == read_array(other).tobytes()
     for place in range(0, one.nbytes, _BLOCK):
         length = min(_BLOCK, one.nbytes - place)

@@ -14,7 +14,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from ensemblekit.errors import DamagedError, InputError, MachineError, UsageError
 
@@ -54,6 +54,27 @@ def from_os_error(error: OSError, path: Path, *, doing: str) -> Exception:
     return InputError(f"cannot {doing} {path}: {reason}")
 
 
+class Readable(Protocol):
+    """What containers read from: a file, a part of one, or bytes that lay in one."""
+
+    path: Path
+    fingerprint: Fingerprint
+
+    @property
+    def file(self) -> "Source":
+        """The file that the bytes come from."""
+
+    @property
+    def size(self) -> int:
+        """Bytes that can be read."""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes from `offset`; `DamagedError` where there are fewer."""
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill `view` with the bytes from `offset` on."""
+
+
 class Source:
     """One regular file, opened once at a time and checked to stay what it was.
 
@@ -72,6 +93,11 @@ class Source:
         self.path = path
         descriptor, self.fingerprint = _open_regular(path)
         _POOL.adopt(self, descriptor)
+
+    @property
+    def file(self) -> "Source":
+        """The file itself; a `Window` names the file that it is a part of."""
+        return self
 
     @property
     def size(self) -> int:
@@ -129,6 +155,56 @@ class Source:
     def close(self) -> None:
         """Give the descriptor back; a later read opens the file again."""
         _POOL.close(self)
+
+
+class Window:
+    """A part of a source that is read as if it were a file of its own, such as a tar member.
+
+    Args:
+        source: The file.
+        start: First byte of the part.
+        size: Bytes in the part.
+        name: What to call it in messages, behind the file's path.
+
+    Raises:
+        DamagedError: The part does not lie within the file.
+    """
+
+    def __init__(self, source: Source, start: int, size: int, name: str) -> None:
+        if start < 0 or size < 0 or start + size > source.size:
+            raise DamagedError(
+                f"{source.path}: '{name}' should be bytes {start} to {start + size}, "
+                f"the file has {source.size}",
+                hint="copy it again, or leave it out with --exclude",
+            )
+        self.source = source
+        self.start = start
+        self._size = size
+        self.path = source.path / name
+        self.fingerprint = source.fingerprint
+
+    @property
+    def file(self) -> Source:
+        """The file that this is a part of."""
+        return self.source
+
+    @property
+    def size(self) -> int:
+        """Bytes in the part."""
+        return self._size
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes from `offset` within the part."""
+        if length < 0 or offset < 0 or offset + length > self.size:
+            raise DamagedError(
+                f"{self.path}: ends too early: bytes {offset} to {offset + length} are promised, "
+                f"it has {self.size}"
+            )
+        return self.source.read(self.start + offset, length)
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill `view` with the bytes from `offset` within the part."""
+        self.source.read_into(view, self.start + offset)
 
 
 class _DescriptorPool:

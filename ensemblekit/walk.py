@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from ensemblekit.containers import sharded
+from ensemblekit import containers
 from ensemblekit.errors import UsageError, listing
 
 # By these endings a file claims to be a checkpoint: if it cannot be read, that is an error.
@@ -66,7 +66,7 @@ def places(
     passed: list[Passed] = []
     for argument in arguments:
         for path in _expand(os.fspath(argument)):
-            if path.is_dir() and sharded.index_of(path) is None:
+            if path.is_dir() and containers.folder_kind(path) is None:
                 items = _search(path, path, 0, passed)
             else:
                 items = [Place(path, str(path), None, claims=True)]
@@ -103,9 +103,9 @@ def _search(folder: Path, top: Path, depth: int, passed: list[Passed]) -> list[P
     """Places below `folder`, sharded checkpoints as one."""
     found: list[Place] = []
     consumed: set[str] = set()
-    if sharded.index_of(folder) is not None:
+    if containers.folder_kind(folder) is not None:
         found.append(Place(folder, _shown(folder, top), top, claims=True))
-        consumed = sharded.shards(folder)
+        consumed = containers.folder_members(folder)
     for entry in sorted(os.scandir(folder), key=lambda e: e.name):
         path = Path(entry.path)
         if _is_folder(entry):

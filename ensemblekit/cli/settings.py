@@ -4,7 +4,6 @@ Input: the working directory. A settings file names targets, which are code, so 
 beside the checkpoints is never read.
 """
 
-import tomllib
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -55,6 +54,8 @@ def _read(config: str | None) -> tuple[Path, dict[str, Any]]:
 
 
 def _toml(path: Path) -> dict[str, Any]:
+    import tomllib  # only when there is a file: `--help` is quick
+
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

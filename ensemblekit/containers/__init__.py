@@ -1,12 +1,13 @@
 """Owns the step from bytes to tensor descriptions; nothing here reads a tensor's values.
 
-Input: an open `Source`. A container module offers `sniff(source) -> bool` and
+Input: an open file. A container module offers `sniff(source) -> bool` and
 `read(source) -> Tree`; the registry below is tried in order.
 """
 
 from dataclasses import dataclass, field
 from importlib import import_module
 from math import prod
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -15,18 +16,27 @@ import numpy.typing as npt
 
 from ensemblekit.dtypes import DTYPES, DType
 from ensemblekit.errors import DamagedError, UnsupportedError
-from ensemblekit.files import Source
+from ensemblekit.files import Readable, Source
 
 CONTAINERS: dict[str, str] = {
     "torch-zip": "ensemblekit.containers.torch_zip",
+    "tar": "ensemblekit.containers.tar",
+    "torch-legacy": "ensemblekit.containers.torch_legacy",
+    "pickle": "ensemblekit.containers.raw_pickle",
     "safetensors": "ensemblekit.containers.safetensors",
+}
+
+# A folder that is one checkpoint: `is_ours(folder)`, `members(folder)`, `read_folder(folder)`.
+FOLDERS: dict[str, str] = {
+    "sharded": "ensemblekit.containers.sharded",
+    "dcp": "ensemblekit.containers.dcp",
 }
 
 
 class Extent(NamedTuple):
     """The bytes of one storage: where they lie, and their CRC-32 where the file states one."""
 
-    source: Source
+    source: Readable
     start: int
     nbytes: int
     crc32: int | None
@@ -41,7 +51,8 @@ class TensorSpec:
         shape: Sizes.
         stride: Steps in elements, None when the elements lie in C order without gaps.
         offset: Elements from the extent's start to the first element.
-        extent: The storage that holds it.
+        extent: The storage that holds it (the first one, if it comes in pieces).
+        pieces: Parts that are stored apart; empty for a tensor that is stored as a whole.
     """
 
     dtype: str
@@ -49,6 +60,7 @@ class TensorSpec:
     stride: tuple[int, ...] | None
     offset: int
     extent: Extent
+    pieces: "tuple[Piece, ...]" = ()
 
     @property
     def type(self) -> DType:
@@ -66,9 +78,26 @@ class TensorSpec:
         return self.size * self.type.itemsize
 
     @property
+    def in_one_run(self) -> bool:
+        """Whether the elements lie in C order without gaps, from `start` on."""
+        return self.stride is None and not self.pieces
+
+    @property
+    def extents(self) -> tuple[Extent, ...]:
+        """All storages that hold it."""
+        return tuple(p.spec.extent for p in self.pieces) or (self.extent,)
+
+    @property
     def start(self) -> int:
         """Byte in the file at which the first element lies."""
         return self.extent.start + self.offset * self.type.itemsize
+
+
+class Piece(NamedTuple):
+    """A part of a tensor: the place of its first element in the whole, and the part itself."""
+
+    offsets: tuple[int, ...]
+    spec: TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,12 +162,38 @@ class Tree:
     sources: tuple[Source, ...]
 
 
-def sniff(source: Source) -> str | None:
+def sniff(source: Readable) -> str | None:
     """Name of the container that the bytes announce, None when it is none of ours."""
     return next((name for name in CONTAINERS if _module(name).sniff(source)), None)
 
 
-def read(source: Source) -> Tree:
+def folder_kind(folder: Path) -> str | None:
+    """Name of the container that the folder is, None for a plain folder."""
+    return next((n for n in FOLDERS if import_module(FOLDERS[n]).is_ours(folder)), None)
+
+
+def folder_members(folder: Path) -> set[str]:
+    """Names of the files that make the folder a container."""
+    kind = folder_kind(folder)
+    found: set[str] = import_module(FOLDERS[kind]).members(folder) if kind else set()
+    return found
+
+
+def read_folder(folder: Path) -> Tree:
+    """Describe everything in a folder that is one checkpoint.
+
+    Raises:
+        UnsupportedError: It is not one.
+        DamagedError, HostileError: See the container modules.
+    """
+    kind = folder_kind(folder)
+    if kind is None:
+        raise UnsupportedError(f"{folder}: is a folder, but no checkpoint of a known format")
+    tree: Tree = import_module(FOLDERS[kind]).read_folder(folder)
+    return tree
+
+
+def read(source: Readable) -> Tree:
     """Describe everything in the file.
 
     Raises:
@@ -202,6 +257,12 @@ def checked_spec(
 
 def read_array(spec: TensorSpec) -> npt.NDArray[Any]:
     """The whole tensor in C order; for tensors that are known to be small or wanted whole."""
+    if spec.pieces:
+        whole = np.empty(spec.shape, spec.type.numpy)
+        for piece in spec.pieces:
+            ends = zip(piece.offsets, piece.spec.shape, strict=True)
+            whole[tuple(slice(o, o + n) for o, n in ends)] = read_array(piece.spec)
+        return whole
     raw = bytearray(storage_span(spec) * spec.type.itemsize)
     spec.extent.source.read_into(memoryview(raw), spec.start)
     flat = np.frombuffer(raw, dtype=spec.type.numpy)
@@ -223,8 +284,8 @@ def storage_span(spec: TensorSpec) -> int:
 
 def is_dense(spec: TensorSpec) -> bool:
     """Whether the elements fill their span exactly once, in whatever order (channels_last does)."""
-    if spec.stride is None:
-        return True
+    if spec.stride is None or spec.pieces:
+        return not spec.pieces
     steps = sorted((s, n) for n, s in zip(spec.shape, spec.stride, strict=True) if n > 1)
     expected = [1, *(s * n for s, n in steps)]
     return all(s == e for (s, _), e in zip(steps, expected, strict=False))

@@ -12,7 +12,8 @@ from ensemblekit.dtypes import DTYPES, QUANTIZED_STORAGES, STORAGES, from_torch_
 
 DEQUANTIZE = "average the float checkpoints and quantise the result"
 
-StorageLookup = Callable[[str, int], Extent | Unusable]
+StorageLookup = Callable[[str, int, int], Extent | Unusable]
+"""`lookup(key, numel, itemsize)`: where the bytes of a storage lie."""
 
 
 class Global(NamedTuple):
@@ -40,6 +41,7 @@ def find_storage(identity: Any, lookup: StorageLookup) -> Storage | Unusable:
     if not isinstance(kind, Global) or not isinstance(key, str) or type(numel) is not int:
         return Unusable(f"has an unknown storage {brief(identity)}", damaged=True)
     if kind.name in QUANTIZED_STORAGES:
+        lookup(key, numel, QUANTIZED_STORAGES[kind.name])
         return Unusable("is quantised", DEQUANTIZE)
     known = from_torch_name(kind.name) if kind.module == "torch" else None
     name = known.name if known else STORAGES.get(kind.name)
@@ -47,7 +49,7 @@ def find_storage(identity: Any, lookup: StorageLookup) -> Storage | Unusable:
         return Unusable(f"has a storage of unknown type {kind}", damaged=True)
     if numel < 0:
         return Unusable(f"has a storage of {numel} elements", damaged=True)
-    extent = lookup(key, numel * DTYPES[name].itemsize)
+    extent = lookup(key, numel, DTYPES[name].itemsize)
     if isinstance(extent, Unusable):
         return extent
     return Storage(extent, None if kind.name == "UntypedStorage" else name)
@@ -55,6 +57,8 @@ def find_storage(identity: Any, lookup: StorageLookup) -> Storage | Unusable:
 
 class Machine(Protocol):
     """What the functions here need of the machine that calls them."""
+
+    nested: Callable[[bytes], Any] | None
 
     def spend(self, amount: int) -> None:
         """Count copied bytes against the limit."""
@@ -100,6 +104,14 @@ def _from_type(machine: Machine, args: tuple[Any, ...]) -> Any:
     """torch._tensor._rebuild_from_type_v2(function, type, args, state): a Tensor subclass."""
     function, _, inner = args[:3]
     return machine.call(function, inner)
+
+
+def _nested(machine: Machine, args: tuple[Any, ...]) -> Any:
+    """torch.storage._load_from_bytes(data): how plain pickles hold a storage."""
+    if machine.nested is None or not isinstance(args[0], bytes):
+        return Unusable("is a torch file inside a pickle, where none belongs", damaged=True)
+    machine.spend(len(args[0]))
+    return machine.nested(args[0])
 
 
 def _encode(machine: Machine, args: tuple[Any, ...]) -> bytes:
@@ -199,6 +211,7 @@ REBUILD: dict[tuple[str, str], Callable[[Machine, tuple[Any, ...]], Any]] = {
         "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))",
     ),
     ("torch._utils", "_rebuild_device_tensor_from_numpy"): _unusable("is stored as a numpy array"),
+    ("torch.storage", "_load_from_bytes"): _nested,
     ("torch", "Size"): _size,
     ("torch", "device"): _device,
     ("torch.serialization", "_get_layout"): lambda _, args: str(args[0]),

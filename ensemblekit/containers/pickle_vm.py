@@ -34,28 +34,65 @@ _MARK = _Mark()
 _MISSING = object()
 
 
+class EndsTooEarlyError(DamagedError):
+    """The bytes end before the pickle does."""
+
+
+def no_storage(key: str, numel: int, itemsize: int) -> Unusable:
+    """The lookup for pickles that bring no storages."""
+    return Unusable(f"lies in storage '{key}', which is not there", damaged=True)
+
+
 def load(data: bytes, *, where: str, storage: StorageLookup) -> Any:
     """Follow the pickle in `data` to its end and return the inert object it describes.
 
     Args:
         data: A complete pickle of protocol 0 to 5.
         where: Name for messages, such as the file's path.
-        storage: Finds the extent of a storage: `storage(key, nbytes)`.
+        storage: Finds the extent of a storage.
 
     Raises:
         HostileError: It calls into the interpreter or the operating system.
         DamagedError: It is no well-formed pickle, or asks for absurd amounts.
     """
-    return _Machine(data, where, storage).run()
+    return load_prefix(data, where=where, storage=storage)[0]
+
+
+def load_prefix(
+    data: bytes,
+    *,
+    where: str,
+    storage: StorageLookup,
+    nested: Callable[[bytes], Any] | None = None,
+    persistent: Callable[[Any], Any] | None = None,
+) -> tuple[Any, int]:
+    """The object of the pickle that `data` begins with, and the number of bytes it took.
+
+    Args:
+        data: Begins with a pickle.
+        where: Name for messages.
+        storage: Finds the extent of a storage.
+        nested: Reads a torch file that lies in the pickle as bytes.
+        persistent: What a persistent id means, where it is not one of torch's storages.
+
+    Raises:
+        EndsTooEarlyError: `data` end before the pickle does.
+        HostileError, DamagedError: See `load`.
+    """
+    machine = _Machine(data, where)
+    machine.nested = nested
+    machine.find_persistent = persistent or (lambda identity: find_storage(identity, storage))
+    return machine.run(), machine.place
 
 
 class _Machine:
     """One run: the stack, the memo, and the place in the stream."""
 
-    def __init__(self, data: bytes, where: str, storage: StorageLookup) -> None:
+    def __init__(self, data: bytes, where: str) -> None:
         self.data = data
         self.where = where
-        self.storage = storage
+        self.nested: Callable[[bytes], Any] | None = None
+        self.find_persistent: Callable[[Any], Any] = lambda _: None
         self.place = 0
         self.work = 0
         self.stack: list[Any] = []
@@ -65,7 +102,7 @@ class _Machine:
         steps = _OPCODES
         for _ in range(MAX_OPCODES):
             if self.place >= len(self.data):
-                raise self.damaged("it ends without STOP")
+                raise self.too_early("it ends without STOP")
             code = self.data[self.place]
             self.place += 1
             step = steps.get(code)
@@ -88,7 +125,7 @@ class _Machine:
 
     def take(self, n: int) -> bytes:
         if n < 0 or self.place + n > len(self.data):
-            raise self.damaged(f"a value of {n} bytes runs past the end")
+            raise self.too_early(f"a value of {n} bytes runs past the end")
         chunk = self.data[self.place : self.place + n]
         self.place += n
         return chunk
@@ -99,7 +136,7 @@ class _Machine:
     def line(self) -> str:
         stop = self.data.find(b"\n", self.place, self.place + 10_000)
         if stop < 0:
-            raise self.damaged("a text line has no end")
+            raise self.too_early("a text line has no end")
         return self.take(stop + 1 - self.place)[:-1].decode("utf-8", "surrogateescape")
 
     # --- stack and memo
@@ -244,7 +281,10 @@ class _Machine:
 
     def persistent(self, identity: Any) -> None:
         """A storage: ('storage', class, key, location, numel[, view])."""
-        self.push(find_storage(identity, self.storage))
+        self.push(self.find_persistent(identity))
+
+    def too_early(self, what: str) -> EndsTooEarlyError:
+        return EndsTooEarlyError(str(self.damaged(what)), hint=_HINT)
 
     def damaged(self, what: str) -> DamagedError:
         return DamagedError(

@@ -1,6 +1,6 @@
 """Owns the safetensors header: eight bytes of length, JSON, then tensors without holes.
 
-Input: an open `Source`. Format: https://github.com/huggingface/safetensors#format.
+Input: an open file. Format: https://github.com/huggingface/safetensors#format.
 """
 
 import json
@@ -11,13 +11,13 @@ from typing import Any
 from ensemblekit.containers import Extent, TensorSpec, Tree
 from ensemblekit.dtypes import FROM_SAFETENSORS
 from ensemblekit.errors import DamagedError, UnsupportedError, listing
-from ensemblekit.files import Source
+from ensemblekit.files import Readable
 
 MAX_HEADER = 100_000_000  # the reference implementation's limit
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 
-def sniff(source: Source) -> bool:
+def sniff(source: Readable) -> bool:
     """Whether eight bytes of length are followed by the beginning of a JSON object.
 
     A file that ends in `.safetensors` is claimed whatever it holds, so that damage in its first
@@ -31,7 +31,7 @@ def sniff(source: Source) -> bool:
     return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_HEADER
 
 
-def read(source: Source) -> Tree:
+def read(source: Readable) -> Tree:
     """Describe every tensor of the file.
 
     Raises:
@@ -54,10 +54,10 @@ def read(source: Source) -> Tree:
             what = "overlap" if right < left_end else "leave a hole"
             ends = f"{left_end} and {right} of the data"
             raise _damaged(source, f"'{left}' and '{name}' {what} between bytes {ends}")
-    return Tree("safetensors", tensors, metadata, (source,))
+    return Tree("safetensors", tensors, metadata, (source.file,))
 
 
-def _header(source: Source) -> tuple[dict[str, Any], int]:
+def _header(source: Readable) -> tuple[dict[str, Any], int]:
     if source.size < 10:
         raise _damaged(source, f"has only {source.size} bytes, less than the shortest header")
     length = int.from_bytes(source.read(0, 8), "little")
@@ -74,7 +74,7 @@ def _header(source: Source) -> tuple[dict[str, Any], int]:
 
 
 def _spec(
-    source: Source, key: str, entry: Any, data_start: int, data_size: int
+    source: Readable, key: str, entry: Any, data_start: int, data_size: int
 ) -> tuple[TensorSpec, int, int]:
     if not isinstance(entry, dict) or set(entry) != _FIELDS:
         raise _damaged(source, f"'{key}': expected {sorted(_FIELDS)}, found {_brief(entry)}")
@@ -123,7 +123,7 @@ def _brief(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _damaged(source: Source, what: str) -> DamagedError:
+def _damaged(source: Readable, what: str) -> DamagedError:
     return DamagedError(
         f"{source.path}: damaged safetensors file: {what}",
         hint="copy or download it again, or leave it out with --exclude",

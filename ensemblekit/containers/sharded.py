@@ -10,7 +10,7 @@ from typing import Any
 
 from ensemblekit import containers
 from ensemblekit.containers import Tree
-from ensemblekit.errors import DamagedError, UnsupportedError, listing
+from ensemblekit.errors import DamagedError, listing
 from ensemblekit.files import Source
 
 INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -18,15 +18,15 @@ _MAX_INDEX = 64 << 20
 _HINT = "copy the folder again, or leave it out with --exclude"
 
 
-def index_of(folder: Path) -> Path | None:
-    """The folder's index file, None where it has none."""
-    return next((folder / name for name in INDEX_NAMES if (folder / name).is_file()), None)
+def is_ours(folder: Path) -> bool:
+    """Whether the folder has an index."""
+    return _index_of(folder) is not None
 
 
-def shards(folder: Path) -> set[str]:
-    """Names of the files that the folder's index speaks of."""
-    index = index_of(folder)
-    return set(_weight_map(Source(index)).values()) if index else set()
+def members(folder: Path) -> set[str]:
+    """Names of the files that belong to the checkpoint."""
+    index = _index_of(folder)
+    return {index.name, *_weight_map(Source(index)).values()} if index else set()
 
 
 def read_folder(folder: Path) -> Tree:
@@ -36,9 +36,8 @@ def read_folder(folder: Path) -> Tree:
         DamagedError: The index is not an index, names files outside of its folder, or a tensor
             or a shard is missing.
     """
-    index = index_of(folder)
-    if index is None:
-        raise UnsupportedError(f"{folder}: has no index ({' or '.join(INDEX_NAMES)})")
+    index = _index_of(folder)
+    assert index is not None, "called for folders of ours only"
     weight_map = _weight_map(Source(index))
     trees: dict[str, Tree] = {}
     for name in sorted(set(weight_map.values())):
@@ -62,6 +61,10 @@ def read_folder(folder: Path) -> Tree:
     metadata = {k: v for tree in trees.values() for k, v in tree.metadata.items()}
     first = next(iter(trees.values()))
     return Tree(f"{first.container}-sharded", root, metadata, sources)
+
+
+def _index_of(folder: Path) -> Path | None:
+    return next((folder / name for name in INDEX_NAMES if (folder / name).is_file()), None)
 
 
 def _weight_map(source: Source) -> dict[str, str]:

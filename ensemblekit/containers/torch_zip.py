@@ -1,6 +1,6 @@
 """Owns torch's zip archive: our own walk over its directory, one pickle, stored records.
 
-Input: an open `Source`. `zipfile` trusts what it reads; here every record must be stored, lie
+Input: an open file. `zipfile` trusts what it reads; here every record must be stored, lie
 where both directories say, and touch its neighbours, so that no byte is seen by one reader only.
 """
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ensemblekit.containers import Extent, Tree, Unusable, pickle_vm
 from ensemblekit.errors import DamagedError, UnsupportedError
-from ensemblekit.files import Source
+from ensemblekit.files import Readable
 
 _LOCAL = struct.Struct("<IHHHHHIIIHH")
 _CENTRAL = struct.Struct("<IHHHHHHIIIHHHHHII")
@@ -33,12 +33,12 @@ class Record(NamedTuple):
     crc32: int
 
 
-def sniff(source: Source) -> bool:
+def sniff(source: Readable) -> bool:
     """Whether the file begins with a zip record."""
     return source.size >= 4 and source.read(0, 4) == b"PK\x03\x04"
 
 
-def read(source: Source) -> Tree:
+def read(source: Readable) -> Tree:
     """Describe what `torch.save` put into the archive.
 
     Raises:
@@ -65,7 +65,8 @@ def read(source: Source) -> Tree:
     has_crcs = any(record.crc32 for record in records.values())
     stream = _contents(source, records[pickles[0]], has_crcs=has_crcs)
 
-    def storage(key: str, nbytes: int) -> Extent | Unusable:
+    def storage(key: str, numel: int, itemsize: int) -> Extent | Unusable:
+        nbytes = numel * itemsize
         record = records.get(f"{prefix}data/{key}")
         if record is None:
             return Unusable(f"lies in a missing record, data/{key}", _HINT, damaged=True)
@@ -79,10 +80,10 @@ def read(source: Source) -> Tree:
         return Extent(source, record.start, record.nbytes, crc32)
 
     root = pickle_vm.load(stream, where=str(source.path), storage=storage)
-    return Tree("torch-zip", root, {}, (source,))
+    return Tree("torch-zip", root, {}, (source.file,))
 
 
-def directory(source: Source) -> list[Record]:
+def directory(source: Readable) -> list[Record]:
     """The records of the archive in file order, each checked against its own header.
 
     Raises:
@@ -107,7 +108,7 @@ def directory(source: Source) -> list[Record]:
     return _located(source, sorted(entries, key=lambda e: e[1]), start)
 
 
-def _end(source: Source) -> tuple[int, int, int]:
+def _end(source: Readable) -> tuple[int, int, int]:
     """Number of entries, start and size of the central directory."""
     place = source.size - _END.size
     tail = source.read(max(place, 0), min(_END.size, source.size))
@@ -132,7 +133,7 @@ def _end(source: Source) -> tuple[int, int, int]:
     return count, start, size
 
 
-def _central(source: Source, data: bytes, place: int) -> tuple[Record, int, int, int]:
+def _central(source: Readable, data: bytes, place: int) -> tuple[Record, int, int, int]:
     """One entry of the central directory: record, header offset, flags, next place."""
     if place + _CENTRAL.size > len(data):
         raise _damaged(source, "its directory ends in the middle of an entry")
@@ -159,7 +160,7 @@ def _central(source: Source, data: bytes, place: int) -> tuple[Record, int, int,
 
 
 def _zip64(
-    source: Source, name: str, extra: bytes, size: int, packed: int, header: int
+    source: Readable, name: str, extra: bytes, size: int, packed: int, header: int
 ) -> tuple[int, int, int]:
     """Replace fields of all ones by their 64-bit values, which stand in extra field 1."""
     place = 0
@@ -179,7 +180,7 @@ def _zip64(
     return size, packed, header
 
 
-def _located(source: Source, entries: list[tuple[Record, int, int]], stop: int) -> list[Record]:
+def _located(source: Readable, entries: list[tuple[Record, int, int]], stop: int) -> list[Record]:
     """Records with the place of their data; local headers must agree and leave no gaps."""
     found: list[Record] = []
     place = 0
@@ -208,7 +209,7 @@ def _located(source: Source, entries: list[tuple[Record, int, int]], stop: int) 
     return found
 
 
-def _descriptor_end(source: Source, record: Record, place: int) -> int:
+def _descriptor_end(source: Readable, record: Record, place: int) -> int:
     """End of the data descriptor behind a record: magic, CRC and two sizes of 4 or 8 bytes."""
     head = source.read(place, 16)
     magic, crc, packed, size = struct.unpack("<IIII", head)
@@ -221,7 +222,7 @@ def _descriptor_end(source: Source, record: Record, place: int) -> int:
     raise _damaged(source, f"record '{record.name}' has a wrong data descriptor")
 
 
-def _contents(source: Source, record: Record, *, has_crcs: bool) -> bytes:
+def _contents(source: Readable, record: Record, *, has_crcs: bool) -> bytes:
     if record.nbytes > _MAX_PICKLE:
         raise UnsupportedError(
             f"{source.path}: its pickle has {record.nbytes} bytes (limit {_MAX_PICKLE}): it "
@@ -234,7 +235,7 @@ def _contents(source: Source, record: Record, *, has_crcs: bool) -> bytes:
     return data
 
 
-def _check_byteorder(source: Source, record: Record | None) -> None:
+def _check_byteorder(source: Readable, record: Record | None) -> None:
     if record is None or record.nbytes > 16:
         return
     order = source.read(record.start, record.nbytes)
@@ -245,5 +246,5 @@ def _check_byteorder(source: Source, record: Record | None) -> None:
         )
 
 
-def _damaged(source: Source, what: str) -> DamagedError:
+def _damaged(source: Readable, what: str) -> DamagedError:
     return DamagedError(f"{source.path}: damaged zip archive: {what}", hint=_HINT)

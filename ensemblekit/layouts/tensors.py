@@ -103,7 +103,7 @@ def ties_in(tensors: Mapping[str, TensorSpec | Unusable]) -> tuple[tuple[str, ..
     """Groups of keys that name the same elements of the same storage."""
     groups: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)
     for key, spec in tensors.items():
-        if isinstance(spec, TensorSpec) and spec.size:
+        if isinstance(spec, TensorSpec) and spec.size and not spec.pieces:
             place = (spec.extent.source, spec.start, spec.dtype, spec.shape, spec.stride)
             groups[place].append(key)
     return tuple(tuple(sorted(keys)) for keys in groups.values() if len(keys) > 1)

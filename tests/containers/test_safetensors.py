@@ -1,0 +1,151 @@
+"""Files by the reference library are read as it reads them, and ours by it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from tests.checkpoints import any_tensor, assert_same_tensors, state, tree_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ensemblekit.dtypes import DTYPES
+from ensemblekit.files import AtomicFile, Source
+from ensemblekit.snapshots import Signature
+from ensemblekit.writers import WRITERS
+from ensemblekit.writers import safetensors as writer
+
+STORABLE = [d.name for d in DTYPES.values() if d.safetensors]
+SHAPES: list[tuple[int, ...]] = [(), (1,), (0,), (3, 0, 2), (5,), (2, 3, 4)]
+
+
+def all_shapes(name: str) -> dict[str, torch.Tensor]:
+    tensors = {str(shape): any_tensor(getattr(torch, name), *shape) for shape in SHAPES}
+    return {**tensors, "odd": any_tensor(torch.uint8, 3)}
+
+
+@pytest.mark.parametrize("name", STORABLE)
+def test_dtype(name: str, tmp_path: Path) -> None:
+    tensors = all_shapes(name)
+    safetensors.torch.save_file(tensors, tmp_path / "file.safetensors")
+    root = tree_of(tmp_path / "file.safetensors").root
+    assert_same_tensors({key: root[key] for key in tensors}, tensors)
+
+
+@pytest.mark.parametrize("dtype", safetensors.torch._TYPES.values(), ids=str)
+def test_bug_every_dtype_that_the_library_writes(dtype: torch.dtype, tmp_path: Path) -> None:
+    """BUG (two kinds of float8): since 0.6 the format has F8_E4M3FNUZ and F8_E5M2FNUZ."""
+    tensors = {"w": any_tensor(dtype, 5)}
+    safetensors.torch.save_file(tensors, tmp_path / "file.safetensors")
+    assert_same_tensors(tree_of(tmp_path / "file.safetensors").root, tensors)
+
+
+def test_state_dict_and_metadata(tmp_path: Path) -> None:
+    path = tmp_path / "file.safetensors"
+    safetensors.torch.save_file(state(), path, metadata={"format": "pt", "note": "ünï"})
+    tree = tree_of(path)
+    assert tree.container == "safetensors"
+    assert tree.metadata == {"format": "pt", "note": "ünï"}
+    loaded = safetensors.torch.load_file(path)
+    assert_same_tensors(tree.root, {key: loaded[key] for key in tree.root})
+    assert set(tree.root) == set(loaded)
+
+
+def test_no_tensors_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "file.safetensors"
+    safetensors.torch.save_file({}, path, metadata={"format": "pt"})
+    assert tree_of(path).root == {}
+
+
+def test_known_by_content(tmp_path: Path) -> None:
+    safetensors.torch.save_file(state(), tmp_path / "file.bin")
+    assert tree_of(tmp_path / "file.bin").container == "safetensors"
+
+
+def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Through our writer's layout, values put where it says."""
+    names = {key: str(t.dtype).removeprefix("torch.") for key, t in tensors.items()}
+    signature: Signature = {key: (tuple(t.shape), names[key]) for key, t in tensors.items()}
+    plan = writer.layout(signature, metadata)
+    with AtomicFile(path) as file:
+        file.write_at(plan.head, 0)
+        for key, (start, length) in plan.places.items():
+            raw = bytes(tensors[key].contiguous().clone().untyped_storage())
+            assert len(raw) == length
+            file.write_at(raw, start)
+        file.seal().close()
+        file.rename()
+
+
+@pytest.mark.parametrize("name", STORABLE)
+def test_library_reads_what_we_lay_out(name: str, tmp_path: Path) -> None:
+    value = all_shapes(name)
+    path = tmp_path / "file.safetensors"
+    write(path, value, {"note": "x"})
+    loaded = safetensors.torch.load_file(path)
+    assert set(loaded) == set(value)
+    for key, tensor in value.items():
+        assert loaded[key].dtype == tensor.dtype
+        assert loaded[key].shape == tensor.shape
+        assert bytes(loaded[key].clone().untyped_storage()) == bytes(tensor.untyped_storage())
+    with safetensors.safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt", "note": "x"}
+
+
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(
+    lambda name: name != "__metadata__"
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    tensors=st.dictionaries(
+        NAMES,
+        st.tuples(
+            st.sampled_from(STORABLE), st.lists(st.integers(0, 3), max_size=3), st.integers(0, 9)
+        ),
+        max_size=6,
+    ),
+    metadata=st.dictionaries(NAMES, st.text(st.characters(exclude_categories=["Cs"])), max_size=3),
+)
+def test_any_file_goes_both_ways(
+    tmp_path_factory: pytest.TempPathFactory,
+    tensors: dict[str, tuple[str, list[int], int]],
+    metadata: dict[str, str],
+) -> None:
+    folder = tmp_path_factory.mktemp("both")
+    value = {
+        key: any_tensor(getattr(torch, name), *shape, seed=seed)
+        for key, (name, shape, seed) in tensors.items()
+    }
+    theirs, ours = folder / "theirs.safetensors", folder / "ours.safetensors"
+    safetensors.torch.save_file(value, theirs, metadata=metadata)
+    write(ours, value, metadata)
+    for path, stated in ((theirs, metadata), (ours, {"format": "pt", **metadata})):
+        tree = tree_of(path)
+        assert tree.metadata == stated
+        assert_same_tensors(tree.root, {key: value[key] for key in tree.root})
+        assert set(tree.root) == set(value)
+    assert set(safetensors.torch.load_file(ours)) == set(value)
+
+
+def test_data_begin_at_a_multiple_of_eight() -> None:
+    """Readers that map the file want aligned tensors."""
+    for length in range(20):
+        plan = writer.layout({"k" * (length + 1): ((2,), "float64")}, {})
+        assert len(plan.head) % 8 == 0
+
+
+def test_registered_writer() -> None:
+    assert WRITERS[".safetensors"] == writer.__name__
+
+
+def test_bytes_are_read_where_the_header_says(tmp_path: Path) -> None:
+    path = tmp_path / "file.safetensors"
+    safetensors.torch.save_file({"w": torch.arange(5, dtype=torch.int16)}, path)
+    spec = tree_of(path).root["w"]
+    raw = Source(path).read(spec.start, spec.nbytes)
+    assert np.frombuffer(raw, "<i2").tolist() == [0, 1, 2, 3, 4]
