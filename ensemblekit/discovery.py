@@ -119,6 +119,7 @@ def _arrange(
         for s in snapshots
         if s.extras
     ]
+    warnings += dict.fromkeys(text for s in snapshots for text in s.warnings)
     if not errors:
         try:
             check_same_signature(snapshots)
@@ -161,6 +162,7 @@ def read_snapshot(place: walk.Place, weights: str = "auto") -> Snapshot:
         numbers=_numbers(path.name if path.is_dir() else _stem(path.name))
         or _numbers(path.parent.name if place.found_in not in (None, path.parent) else ""),
         run=_run_of(place),
+        warnings=chosen.warnings,
     )
 
 

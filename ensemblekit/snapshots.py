@@ -36,6 +36,7 @@ class Snapshot:
         sources: The files that hold it.
         numbers: The numbers in its name, from which the order is taken when the file is silent.
         run: The folder that stands for the training run, None when it was named by itself.
+        warnings: What a user who averages such weights should know.
     """
 
     path: Path
@@ -51,6 +52,7 @@ class Snapshot:
     sources: tuple[Source, ...]
     numbers: tuple[int, ...]
     run: Path | None
+    warnings: tuple[str, ...] = ()
 
     @property
     def signature(self) -> Signature:

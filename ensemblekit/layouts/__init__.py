@@ -15,6 +15,22 @@ from ensemblekit.containers import TensorSpec, Tree, Unusable
 from ensemblekit.errors import UnsupportedError
 
 LAYOUTS: dict[str, str] = {
+    "lightning": "ensemblekit.layouts.lightning",
+    "timm": "ensemblekit.layouts.timm",
+    "torchvision": "ensemblekit.layouts.torchvision",
+    "ultralytics": "ensemblekit.layouts.ultralytics",
+    "mmengine": "ensemblekit.layouts.mmengine",
+    "deepspeed": "ensemblekit.layouts.deepspeed",
+    "fairseq": "ensemblekit.layouts.fairseq",
+    "nanogpt": "ensemblekit.layouts.nanogpt",
+    "composer": "ensemblekit.layouts.composer",
+    "detectron2": "ensemblekit.layouts.detectron2",
+    "open-clip": "ensemblekit.layouts.open_clip",
+    "ignite": "ensemblekit.layouts.ignite",
+    "fastai": "ensemblekit.layouts.fastai",
+    "swa-repo": "ensemblekit.layouts.swa_repo",
+    "peft": "ensemblekit.layouts.peft",
+    "transformers": "ensemblekit.layouts.transformers",
     "torch-dict": "ensemblekit.layouts.torch_dict",
     "torch-module": "ensemblekit.layouts.torch_module",
     "state-dict": "ensemblekit.layouts.state_dict",
@@ -36,6 +52,7 @@ class Weights:
         ties: Groups of keys that share one storage.
         extras: Keys that hold no tensor (`_extra_state`) and cannot be averaged.
         is_average: They are already a mean over the run, not one more snapshot of it.
+        warnings: What a user who averages such weights should know.
     """
 
     tensors: Mapping[str, TensorSpec | Unusable]
@@ -43,6 +60,7 @@ class Weights:
     ties: tuple[tuple[str, ...], ...] = ()
     extras: tuple[str, ...] = ()
     is_average: bool = False
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
