@@ -25,6 +25,7 @@ from ensemblekit.errors import (
 )
 from ensemblekit.files import Source
 from ensemblekit.layouts import NoWeightsError
+from ensemblekit.schedule import high_rate_warning
 from ensemblekit.selection import Selection, select
 from ensemblekit.snapshots import Skipped, Snapshot, SnapshotSet, check_same_signature
 
@@ -127,6 +128,7 @@ def _arrange(
             skipped.extend(more)
             snapshots, more = select(snapshots, selection, ordered_by)
             skipped.extend(more)
+            warnings += [text for text in [high_rate_warning(snapshots)] if text]
         except UsageError:
             raise
         except EnsembleKitError as error:
@@ -159,9 +161,8 @@ def read_snapshot(place: walk.Place, weights: str = "auto") -> Snapshot:
         extras=chosen.extras,
         is_average=chosen.is_average,
         sources=_own_sources(tree, chosen.tensors),
-        numbers=_numbers(path.name if path.is_dir() else _stem(path.name))
-        or _numbers(path.parent.name if place.found_in not in (None, path.parent) else ""),
-        run=_run_of(place),
+        numbers=_numbers_of(path),
+        found_in=place.found_in,
         warnings=chosen.warnings,
     )
 
@@ -233,17 +234,19 @@ def _without_repeats(snapshots: list[Snapshot]) -> tuple[list[Snapshot], list[Sk
 
 
 def _several_runs(snapshots: list[Snapshot]) -> EnsembleKitError | None:
-    runs: defaultdict[Path, int] = defaultdict(int)
+    """Folders may be named one by one; within one that was named there must be one run."""
+    runs: defaultdict[Path, defaultdict[Path, int]] = defaultdict(lambda: defaultdict(int))
     for snapshot in snapshots:
-        if snapshot.run is not None:
-            runs[snapshot.run] += 1
-    if len(runs) < 2:
-        return None
-    shown = listing(f"{run} ({count} snapshots)" for run, count in sorted(runs.items()))
-    return InputError(
-        f"the folder holds several runs: {shown}",
-        hint="name one of them; weights of different runs have no meaningful average",
-    )
+        if snapshot.found_in is not None:
+            runs[snapshot.found_in][_run_of(snapshot)] += 1
+    for folder, found in runs.items():
+        if len(found) > 1:
+            shown = listing(f"{run} ({count} snapshots)" for run, count in sorted(found.items()))
+            return InputError(
+                f"{folder} holds several runs: {shown}",
+                hint="name one of them; weights of different runs have no meaningful average",
+            )
+    return None
 
 
 def _several_variants(snapshots: list[Snapshot]) -> EnsembleKitError | None:
@@ -262,14 +265,17 @@ def _several_variants(snapshots: list[Snapshot]) -> EnsembleKitError | None:
     )
 
 
-def _run_of(place: walk.Place) -> Path | None:
+def _run_of(snapshot: Snapshot) -> Path:
     """The folder of the run: numbered folders (`checkpoint-500/`) are snapshots of one."""
-    if place.found_in is None:
-        return None
-    folder = place.path.parent
-    if not place.path.is_dir() and folder != place.found_in and _numbers(folder.name):
-        return folder.parent
-    return folder
+    folder = snapshot.path.parent
+    inside = not snapshot.path.is_dir() and folder != snapshot.found_in
+    return folder.parent if inside and _numbers(folder.name) else folder
+
+
+def _numbers_of(path: Path) -> tuple[int, ...]:
+    """The numbers in a file's name, else in the name of its folder."""
+    own = _numbers(path.name if path.is_dir() else _stem(path.name))
+    return own or _numbers(path.absolute().parent.name)
 
 
 def _stem(name: str) -> str:

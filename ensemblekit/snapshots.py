@@ -35,7 +35,7 @@ class Snapshot:
         is_average: Already a mean over the run.
         sources: The files that hold it.
         numbers: The numbers in its name, from which the order is taken when the file is silent.
-        run: The folder that stands for the training run, None when it was named by itself.
+        found_in: The folder argument under which it was found, None when it was named itself.
         warnings: What a user who averages such weights should know.
     """
 
@@ -51,7 +51,7 @@ class Snapshot:
     is_average: bool
     sources: tuple[Source, ...]
     numbers: tuple[int, ...]
-    run: Path | None
+    found_in: Path | None
     warnings: tuple[str, ...] = ()
 
     @property

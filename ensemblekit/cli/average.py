@@ -9,6 +9,7 @@ import click
 
 from ensemblekit.averaging import RULES
 from ensemblekit.cli import options, show
+from ensemblekit.errors import listing
 
 if TYPE_CHECKING:
     from ensemblekit.commands.result import AverageResult
@@ -126,6 +127,7 @@ def _print(result: "AverageResult", *, dry_run: bool, quiet: bool) -> None:
     if result.evaluation:
         _print_evaluation(result)
     if not quiet:
+        _note_weights(result)
         for text in result.warnings:
             show.warning(text)
         _note_skipped(result)
@@ -156,6 +158,16 @@ def _print_evaluation(result: "AverageResult") -> None:
         rows.append([candidate, batch_norm, *figures, "<- written" if chosen else ""])
     show.table(["candidate", "BatchNorm", *columns, ""], rows, right=columns)
     click.echo(", ".join(f"{split}: {count:,} samples" for split, count in splits.items()))
+
+
+def _note_weights(result: "AverageResult") -> None:
+    """Which weights were taken, where a file holds several sets."""
+    first = result.snapshots[0]
+    others = [name for name in first["weights_available"] if name != first["weights"]]
+    if others:
+        show.note(
+            f"took '{first['weights']}' of each file, not '{listing(others)}' (see --weights)"
+        )
 
 
 def _note_skipped(result: "AverageResult") -> None:

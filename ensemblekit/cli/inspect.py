@@ -7,11 +7,21 @@ import click
 
 from ensemblekit.cli import options, show
 
+_COLUMNS = (
+    *("checkpoint", "step", "epoch", "lr", "metrics", "weights", "tensors", "parameters"),
+    "status",
+)
+_NUMBERS = ("step", "epoch", "lr", "tensors", "parameters")
+_DISTANCES = ("checkpoint", "to previous", "cosine to previous", "to mean")
+
 
 @click.command("inspect")
 @options.CHECKPOINTS
 @options.SELECTION
-@click.option("--deep", is_flag=True, help="Hash every file, however large.")
+@click.option("--deep", is_flag=True, help="Read everything: digests, checksums, NaN.")
+@click.option(
+    "--distances", is_flag=True, help="Distances and cosines between snapshots and to their mean."
+)
 @options.JSON
 @click.pass_obj
 def command(
@@ -19,6 +29,7 @@ def command(
     /,
     checkpoints: tuple[str, ...],
     deep: bool,
+    distances: bool,
     as_json: bool,
     **selecting: Any,
 ) -> int:
@@ -29,7 +40,7 @@ def command(
     from ensemblekit.commands.audit import audit
     from ensemblekit.selection import Selection
 
-    report = audit(checkpoints, Selection(**selecting), deep=deep)
+    report = audit(checkpoints, Selection(**selecting), deep=deep, with_distances=distances)
     failed = report.errors[0] if report.errors else None
     if as_json:
         body = report.to_json()
@@ -37,22 +48,10 @@ def command(
             body["error"] = {"kind": failed.kind, "message": failed.message, "hint": failed.hint}
         click.echo(json.dumps(body))
         return failed.exit_code if failed else 0
-    described = [row for row in report.snapshots if "format" in row]
-    show.table(
-        [
-            "checkpoint",
-            "step",
-            "epoch",
-            "lr",
-            "metrics",
-            "weights",
-            "tensors",
-            "parameters",
-            "status",
-        ],
-        [_cells(row) for row in described],
-        right=["step", "epoch", "lr", "tensors", "parameters"],
-    )
+    described = [row for row in report.snapshots if row["format"]]
+    show.table(_COLUMNS, [_cells(row) for row in described], right=_NUMBERS)
+    if any("to_mean" in row for row in described):
+        show.table(_DISTANCES, [_distances(row) for row in described], right=_DISTANCES[1:])
     used = sum(row["status"] == "used" for row in described)
     others = len(report.snapshots) - len(described)
     click.echo(
@@ -82,3 +81,8 @@ def _cells(row: dict[str, Any]) -> list[object]:
         f"{row['parameters']:,}",
         row["status"] + reason,
     ]
+
+
+def _distances(row: dict[str, Any]) -> list[object]:
+    figures = (row.get(k) for k in ("to_previous", "cosine_to_previous", "to_mean"))
+    return [row["path"], *("" if value is None else f"{value:.4g}" for value in figures)]

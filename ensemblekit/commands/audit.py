@@ -6,13 +6,17 @@ Input: paths and a selection, as `average` takes them.
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from ensemblekit.candidates import mean_row
 from ensemblekit.discovery import examine
+from ensemblekit.distances import distances
 from ensemblekit.errors import EnsembleKitError
+from ensemblekit.schedule import early_span
 from ensemblekit.selection import Selection
-from ensemblekit.snapshots import Snapshot
+from ensemblekit.snapshots import Snapshot, SnapshotSet
+from ensemblekit.state import weighted_sums
 
 _DIGEST_LIMIT = 1 << 30  # bytes that are hashed without being asked
 
@@ -48,13 +52,16 @@ def audit(
     selection: Selection | None = None,
     *,
     deep: bool = False,
+    with_distances: bool = False,
 ) -> Audit:
     """Look at checkpoints without averaging them.
 
     Args:
         checkpoints: Files, folders, globs.
         selection: As for `average`.
-        deep: Hash every file; otherwise only when all of them together are below 1 GiB.
+        deep: Read everything: digests however large the files are, checksums, NaN and Inf.
+            Without it files are hashed only when all of them together are below 1 GiB.
+        with_distances: Also say how far the snapshots are from each other and from their mean.
 
     Raises:
         UsageError: A path that does not exist.
@@ -68,26 +75,42 @@ def audit(
         if item.snapshot is not None:
             rows.append(_row(item.snapshot, status="skipped", reason=item.reason, hashed=hashed))
         else:
-            rows.append({"path": item.name, "status": "skipped", "reason": item.reason})
-    problems = [error.message for error in found.errors] + list(found.warnings)
-    return Audit(rows, problems, found.errors, found.ordered_by)
+            nothing = dict.fromkeys(_KEYS)
+            rows.append({**nothing, "path": item.name, "status": "skipped", "reason": item.reason})
+    errors = list(found.errors)
+    if deep:
+        errors += [error for s in found.used if (error := _read_through(s)) is not None]
+    if with_distances and found.used and not errors:
+        for row, distance in zip(rows, distances(SnapshotSet(found.used)), strict=False):
+            row.update(asdict(distance))
+    problems = [error.message for error in errors] + list(found.warnings)
+    if advice := early_span(found.used, found.ordered_by):
+        problems.append(advice)
+    return Audit(rows, problems, tuple(errors), found.ordered_by)
+
+
+def _read_through(snapshot: Snapshot) -> EnsembleKitError | None:
+    """What reading every value of a snapshot brings to light."""
+    try:
+        weighted_sums(SnapshotSet((snapshot,)), [mean_row(1)], [lambda *_: None])
+    except EnsembleKitError as error:
+        return error
+    return None
+
+
+_KEYS = (
+    *("path", "format", "step", "epoch", "lr", "metrics", "weights", "weights_available"),
+    *("tensors", "parameters", "dtypes", "sha256", "status", "reason"),
+)
 
 
 def _row(snapshot: Snapshot, *, status: str, reason: str | None, hashed: bool) -> dict[str, Any]:
     facts = snapshot.facts
-    return {
-        "path": str(snapshot.path),
-        "format": snapshot.format,
-        "step": facts.step,
-        "epoch": facts.epoch,
-        "lr": facts.lr,
-        "metrics": dict(facts.metrics),
-        "weights": snapshot.variant,
-        "weights_available": list(snapshot.available),
-        "tensors": len(snapshot.tensors),
-        "parameters": snapshot.parameters,
-        "dtypes": dict(Counter(spec.dtype for spec in snapshot.tensors.values())),
-        "sha256": snapshot.digest() if hashed else None,
-        "status": status,
-        "reason": reason,
-    }
+    values = (
+        *(str(snapshot.path), snapshot.format, facts.step, facts.epoch, facts.lr),
+        *(dict(facts.metrics), snapshot.variant, list(snapshot.available)),
+        *(len(snapshot.tensors), snapshot.parameters),
+        dict(Counter(spec.dtype for spec in snapshot.tensors.values())),
+        *(snapshot.digest() if hashed else None, status, reason),
+    )
+    return dict(zip(_KEYS, values, strict=True))

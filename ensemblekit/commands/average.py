@@ -74,6 +74,7 @@ def average(
     if path is not None:
         writers.check_format(path)
     snapshots = discover(*paths, selection=selection)
+    options = options.with_model_from([s.facts.model_hint for s in snapshots.snapshots])
     row = averaging.rule(method)(snapshots, **(rule_options or {}))
     warnings = list(snapshots.warnings)
     plan = plan_bn(snapshots, row, bn, options, warnings)
@@ -137,6 +138,7 @@ def _described(snapshots: SnapshotSet, row: Row, method: str, plan: BnPlan) -> A
             "step": position(snapshot, snapshots.ordered_by),
             "coefficient": weight,
             "weights": snapshot.variant,
+            "weights_available": list(snapshot.available),
         }
         for snapshot, weight in zip(snapshots.snapshots, row.weights, strict=True)
     )

@@ -5,6 +5,8 @@ Input: snapshots, a row, and what data there are.
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from ensemblekit.candidates import Row
 from ensemblekit.commands.model_options import ModelOptions
 from ensemblekit.containers import read_array
@@ -64,7 +66,21 @@ def plan_bn(
         if bn == "error":
             raise CheckFailedError(f"--bn error: {text}", hint=advice)
         warnings.append(f"{text}; {advice}")
+    if fresh := [name for name in layers if _fresh(snapshots, name)]:
+        warnings.append(
+            f"{len(fresh)} BatchNorm layers have statistics that were never updated (mean 0, "
+            "variance 1): these weights do not work before they are recomputed"
+        )
     return BnPlan(layers, frozen, stale, recompute)
+
+
+def _fresh(snapshots: SnapshotSet, layer: str) -> bool:
+    """Whether the statistics are still as a new layer has them, in the newest snapshot."""
+    prefix = f"{layer}." if layer else ""
+    newest = snapshots.snapshots[-1].tensors
+    mean = read_array(newest[f"{prefix}running_mean"]).astype(np.float64)
+    variance = read_array(newest[f"{prefix}running_var"]).astype(np.float64)
+    return mean.size > 1 and bool((mean == 0).all() and (variance == 1).all())
 
 
 def _frozen(snapshots: SnapshotSet, layer: str) -> bool:

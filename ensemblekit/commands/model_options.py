@@ -3,8 +3,8 @@
 Input: flags, or a Python caller's objects.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ensemblekit.errors import UsageError, one_of
@@ -52,9 +52,23 @@ class ModelOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+
+    def with_model_from(self, hints: Sequence[str | None]) -> "ModelOptions":
+        """These options; without a model but with data, the model that the checkpoints name.
+
+        Args:
+            hints: What each snapshot says its model is.
+
+        Raises:
+            UsageError: There are data, and neither the user nor the checkpoints name a model.
+        """
         data = [n for n in ("train_data", "val_data", "test_data") if getattr(self, n) is not None]
-        if data and self.model is None:
-            raise UsageError(
-                f"--{data[0].replace('_', '-')} needs a model to run it through",
-                hint="--model FILE.py:NAME",
-            )
+        if self.model is not None or not data:
+            return self
+        named = {hint for hint in hints if hint and hint.startswith(("timm:", "torchvision:"))}
+        if len(named) == 1:
+            return replace(self, model=named.pop())
+        raise UsageError(
+            f"--{data[0].replace('_', '-')} needs a model to run it through",
+            hint="--model FILE.py:NAME",
+        )

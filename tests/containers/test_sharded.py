@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from tests.checkpoints import assert_same_tensors, save, state
 
+from ensemblekit import containers
 from ensemblekit.containers import sharded
 from ensemblekit.errors import DamagedError, UnsupportedError
 
@@ -38,7 +39,7 @@ def weight_map(folder: Path) -> dict[str, str]:
 
 
 def test_one_tree_of_all_shards(tmp_path: Path) -> None:
-    tree = sharded.read_folder(sharded_folder(tmp_path))
+    tree = containers.read_folder(sharded_folder(tmp_path))
     assert tree.container == "safetensors-sharded"
     assert_same_tensors(tree.root, state())
     assert sorted(source.path.name for source in tree.sources) == [FIRST, SECOND]
@@ -52,22 +53,22 @@ def test_shards_of_torch_save(tmp_path: Path) -> None:
     save({key: tensors[key] for key in keys[3:]}, tmp_path / "b.bin")
     names = {key: "a.bin" if key in keys[:3] else "b.bin" for key in keys}
     (tmp_path / sharded.INDEX_NAMES[1]).write_text(json.dumps({"weight_map": names}))
-    tree = sharded.read_folder(tmp_path)
+    tree = containers.read_folder(tmp_path)
     assert tree.container == "torch-zip-sharded"
     assert_same_tensors(tree.root, tensors)
 
 
-def test_index_and_shards_are_known(tmp_path: Path) -> None:
-    assert sharded.index_of(tmp_path) is None
-    assert sharded.shards(tmp_path) == set()
+def test_folder_and_its_members_are_known(tmp_path: Path) -> None:
+    assert containers.folder_kind(tmp_path) is None
+    assert containers.folder_members(tmp_path) == set()
     sharded_folder(tmp_path)
-    assert sharded.index_of(tmp_path) == tmp_path / sharded.INDEX_NAMES[0]
-    assert sharded.shards(tmp_path) == {FIRST, SECOND}
+    assert containers.folder_kind(tmp_path) == "sharded"
+    assert {FIRST, SECOND} <= containers.folder_members(tmp_path)
 
 
-def test_folder_without_index(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="has no index"):
-        sharded.read_folder(tmp_path)
+def test_plain_folder(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="no checkpoint of a known format"):
+        containers.read_folder(tmp_path)
 
 
 OUTSIDE = ["../x.safetensors", "/etc/passwd", "sub/x.safetensors", "..", ".", "", "a\\b", "a\0b"]
@@ -78,7 +79,7 @@ def test_names_that_leave_the_folder(name: str, tmp_path: Path) -> None:
     folder = sharded_folder(tmp_path / "in")
     sharded_folder(folder, weight_map={**weight_map(folder), "fc.bias": name})
     with pytest.raises(DamagedError, match="not a plain file of its folder"):
-        sharded.read_folder(folder)
+        containers.read_folder(folder)
 
 
 def without_a_shard(folder: Path) -> None:
@@ -125,7 +126,7 @@ def test_damaged(edit: Callable[[Path], None], message: str, tmp_path: Path) -> 
     folder = sharded_folder(tmp_path / "in")
     edit(folder)
     with pytest.raises(DamagedError, match=message):
-        sharded.read_folder(folder)
+        containers.read_folder(folder)
 
 
 def test_links_inside_of_the_folder_are_fine(tmp_path: Path) -> None:
@@ -135,4 +136,4 @@ def test_links_inside_of_the_folder_are_fine(tmp_path: Path) -> None:
     (folder / SECOND).symlink_to("blob")
     (folder / FIRST).rename(folder / "blob2")
     os.link(folder / "blob2", folder / FIRST)
-    assert_same_tensors(sharded.read_folder(folder).root, state())
+    assert_same_tensors(containers.read_folder(folder).root, state())
