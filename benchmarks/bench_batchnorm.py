@@ -98,11 +98,11 @@ def main() -> None:
                 times[name].append(taken)
     median = {name: statistics.median(values) for name, values in times.items()}
     base = median["torch update_bn"]
-    print(f"{options.samples} images in batches of {options.batch_size}, {device}")
-    print(f"{'':26}{'median ms':>11}{'min':>9}{'max':>9}{'ratio':>8}")
+    print(f"{options.samples} images in batches of {options.batch_size}, {device}")  # noqa: T201
+    print(f"{'':26}{'median ms':>11}{'min':>9}{'max':>9}{'ratio':>8}")  # noqa: T201
     for name, values in times.items():
         row = f"{median[name] * 1e3:11.1f}{min(values) * 1e3:9.1f}{max(values) * 1e3:9.1f}"
-        print(f"{name:26}{row}{median[name] / base:8.2f}")
+        print(f"{name:26}{row}{median[name] / base:8.2f}")  # noqa: T201
     facts = {
         "benchmark": "batchnorm",
         "ratio": round(median["ensemblekit recompute_bn"] / base, 3),
@@ -116,7 +116,7 @@ def main() -> None:
         "ensemblekit": ensemblekit.__version__,
         "system": f"{sys.platform} {platform.release()}",
     }
-    print(json.dumps(facts))
+    print(json.dumps(facts))  # noqa: T201
 
 
 if __name__ == "__main__":

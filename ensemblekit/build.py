@@ -22,7 +22,7 @@ def to_torch(array: npt.NDArray[Any]) -> torch.Tensor:
     >>> to_torch(np.array([1.0, 2.0], np.float32))
     tensor([1., 2.])
     """
-    if array.dtype.kind != "V":
+    if array.dtype.isbuiltin == 1:
         return torch.from_numpy(array)
     name = "complex32" if array.dtype.names else array.dtype.name
     carrier = array.view({1: np.uint8, 2: np.int16, 4: np.int32}[array.dtype.itemsize])

@@ -124,7 +124,7 @@ def narrow(values: npt.NDArray[np.float64], dtype: np.dtype[Any]) -> npt.NDArray
     >>> float(x.astype(ml_dtypes.bfloat16)[0]), float(narrow(x, np.dtype(ml_dtypes.bfloat16))[0])
     (1.0, 1.0078125)
     """
-    if dtype.kind == "f":  # numpy's own types round once
+    if dtype.isbuiltin == 1:  # numpy's own types round once
         return values.astype(dtype)
     nearest = values.astype(np.float32)
     back = nearest.astype(np.float64)

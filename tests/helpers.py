@@ -142,7 +142,8 @@ def run(
         env=environment(**(env or {})),
         stdin=subprocess.DEVNULL,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="surrogateescape",  # file names need not be text
         timeout=timeout_s,
         check=False,
     )

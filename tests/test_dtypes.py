@@ -124,6 +124,7 @@ def near_ties(draw: st.DrawFn, name: str) -> float:
 @pytest.mark.parametrize("name", NARROW)
 def test_nearest_even_beside_ties(name: str) -> None:
     """BUG (float8_e5m2): see test_bug_one_step_where_two_would_err."""
+
     @settings(max_examples=250, deadline=None)
     @given(near_ties(name))
     @example(5e-324)

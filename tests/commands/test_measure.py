@@ -639,11 +639,9 @@ def test_the_installed_command_shows_a_table(here: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
-    assert ["candidate", "BatchNorm", "split", "samples", "accuracy", "NLL"] in rows
-    assert [row[:4] for row in rows if row[:1] == ["average"]] == [
-        ["average", "averaged", "test", "300"],
-        ["average", "recomputed", "test", "300"],
-    ]
+    assert [row[:2] for row in rows if row[:1] == ["candidate"]] == [["candidate", "BatchNorm"]]
+    averages = [row[:2] for row in rows if row[:1] == ["average"]]
+    assert averages == [["average", "averaged"], ["average", "recomputed"]]
     assert "3 BatchNorm layers recomputed on 517 samples" in done.stdout
     assert load_file("out.safetensors")["bn1.running_var"].shape == (6,)
 

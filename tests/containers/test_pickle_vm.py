@@ -27,7 +27,7 @@ PROTOCOLS = range(6)
 
 
 def load(data: bytes) -> Any:
-    def no_storage(key: str, nbytes: int) -> Extent | Unusable:
+    def no_storage(key: str, nbytes: int, *_: int) -> Extent | Unusable:
         return Unusable(f"lies in storage {key} of {nbytes} bytes")
 
     return pickle_vm.load(data, where="file", storage=no_storage)
@@ -84,7 +84,9 @@ def test_plain_values_of_the_oldest_protocols(value: Any, protocol: int) -> None
     assert same(load(pickle.dumps(value, protocol)), value)
 
 
-@pytest.mark.parametrize("text", ["é", "Ã©", "\x80\xff", "日本", "\\", "\n\r", "\U0001f600", "\x1a"])
+@pytest.mark.parametrize(
+    "text", ["é", "Ã©", "\x80\xff", "日本", "\\", "\n\r", "\U0001f600", "\x1a"]
+)
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_bug_texts_beyond_ascii(text: str, protocol: int) -> None:
     """BUG (protocol 0): a line holds latin-1 bytes; it is decoded as UTF-8 first."""
@@ -100,7 +102,7 @@ def test_bug_empty_bytes(protocol: int) -> None:
 @pytest.mark.parametrize("protocol", [0, 1])
 def test_bug_bytes_of_the_oldest_protocols(protocol: int) -> None:
     """BUG (protocol 0): bytes are latin-1 text, and so have the fault of texts."""
-    value = bytes(range(1, 256))
+    value = {"bytes": bytes(range(1, 256)), "metric": np.float64(0.3), "count": np.int64(-7)}
     assert load(pickle.dumps(value, protocol)) == value
 
 
@@ -140,7 +142,7 @@ def test_shared_and_recursive_values(protocol: int) -> None:
     assert loop["a"][1] is loop["a"]
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("protocol", PROTOCOLS[1:])
 @pytest.mark.parametrize(
     "value, expected",
     [
@@ -224,7 +226,7 @@ def test_nothing_is_imported(tmp_path: Path) -> None:
         "from ensemblekit.containers import pickle_vm\n"
         "for path in sys.argv[1:]:\n"
         "    data = pathlib.Path(path).read_bytes()\n"
-        "    pickle_vm.load(data, where=path, storage=lambda key, nbytes: None)\n"
+        "    pickle_vm.load(data, where=path, storage=lambda *_: None)\n"
         "assert 'trap' not in sys.modules and 'torch' not in sys.modules\n"
     )
     environment = {"PYTHONPATH": f"{tmp_path}:{Path(__file__).resolve().parents[2]}"}

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from tests.checkpoints import any_tensor, assert_same_tensors, state, tree_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +16,8 @@ from ensemblekit.files import AtomicFile, Source
 from ensemblekit.snapshots import Signature
 from ensemblekit.writers import WRITERS
 from ensemblekit.writers import safetensors as writer
+
+from ..checkpoints import any_tensor, assert_same_tensors, state, tree_of
 
 STORABLE = [d.name for d in DTYPES.values() if d.safetensors]
 SHAPES: list[tuple[int, ...]] = [(), (1,), (0,), (3, 0, 2), (5,), (2, 3, 4)]

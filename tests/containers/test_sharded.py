@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from tests.checkpoints import assert_same_tensors, save, state
 
 from ensemblekit import containers
 from ensemblekit.containers import sharded
 from ensemblekit.errors import DamagedError, UnsupportedError
+
+from ..checkpoints import assert_same_tensors, save, state
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 

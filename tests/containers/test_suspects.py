@@ -35,7 +35,7 @@ from ..faults.forge import Code, call, named, newobj, pickled
 
 
 def load(data: bytes) -> Any:
-    def no_storage(key: str, nbytes: int) -> Extent | Unusable:
+    def no_storage(key: str, nbytes: int, *_: int) -> Extent | Unusable:
         return Unusable(f"lies in storage {key} of {nbytes} bytes")
 
     return pickle_vm.load(data, where="file", storage=no_storage)
@@ -54,7 +54,7 @@ class Options(enum.Flag):
     B = 2
 
 
-Point = collections.namedtuple("Point", "x y")  # noqa: PYI024  # as people write it
+Point = collections.namedtuple("Point", "x y")  # as people write it
 
 
 def harmless(x: float, *, scale: float = 1.0) -> float:
@@ -130,9 +130,9 @@ MISTAKEN: dict[str, Callable[[], Any]] = {
     "defaultdict-of-str": lambda: collections.defaultdict(str),  # `__builtin__.unicode`
     "optional-type": lambda: typing.Optional[int],  # noqa: UP045  # typed configs keep these
     "union-type": lambda: typing.Union[int, str],  # noqa: UP007
-    "callable-type": lambda: typing.Callable[..., int],  # noqa: UP006
+    "callable-type": lambda: typing.Callable[..., int],
     "tuple-type": lambda: typing.Tuple[int, ...],  # noqa: UP006
-    "numpy-random-state": lambda: np.random.RandomState(0),  # noqa: NPY002
+    "numpy-random-state": lambda: np.random.RandomState(0),
     "numpy-generator": lambda: np.random.default_rng(0),
     "bytes-io": lambda: io.BytesIO(b"state"),  # Transformer Engine's _extra_state
     "zone-info": lambda: zoneinfo.ZoneInfo("UTC"),
@@ -358,7 +358,7 @@ CHAINS: dict[str, Code] = {
 @pytest.mark.parametrize("name", CHAINS)
 def test_bug_module_reached_through_an_attribute(name: str) -> None:
     """BUG: `getattr(torch.os, "system")("...")` passes for a bound method and is not refused."""
-    with pytest.raises(HostileError, match="getattr|os"):
+    with pytest.raises(HostileError, match=r"getattr|os"):
         load(pickled([CHAINS[name]]))
 
 

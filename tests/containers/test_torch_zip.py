@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.checkpoints import any_tensor, assert_same, assert_same_tensors, save, state, tree_of
 from torch import Tensor, nn
 
 from ensemblekit.containers import TensorSpec, Unusable, torch_zip
 from ensemblekit.dtypes import DTYPES
 from ensemblekit.files import Source
+
+from ..checkpoints import any_tensor, assert_same, assert_same_tensors, save, state, tree_of
 
 BASE = torch.arange(240.0)
 

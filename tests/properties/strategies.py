@@ -120,7 +120,9 @@ def bits(tensor: torch.Tensor) -> bytes:
     """The bytes of the elements in C order."""
     if not tensor.numel():
         return b""
-    dense = tensor.clone(memory_format=torch.contiguous_format)  # also where a size of 1 hides a stride
+    dense = tensor.clone(
+        memory_format=torch.contiguous_format
+    )  # also where a size of 1 hides a stride
     return dense.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 

@@ -19,7 +19,7 @@ from ensemblekit.state import array_sink, materialize, weighted_sums
 from .strategies import FLOATS, Network, awkward, bits, laid_out, networks, on_disk, rows, widened
 
 Made = dict[str, bytes]
-quick = settings(max_examples=25, deadline=None)
+quick = settings(max_examples=15, deadline=None)
 
 
 def made(snapshots: SnapshotSet, *wanted: Row) -> list[Made]:
@@ -68,9 +68,7 @@ def test_mean_of_equals_is_each_of_them(network: Network, count: int, data: st.D
 
 
 @quick
-@given(
-    st.sampled_from(sorted(FLOATS)), st.integers(2, 11), st.integers(0, 2**20), st.booleans()
-)
+@given(st.sampled_from(sorted(FLOATS)), st.integers(2, 11), st.integers(0, 2**20), st.booleans())
 def test_an_element_that_is_equal_in_all_stays(
     dtype: str, count: int, seed: int, uniform: bool
 ) -> None:

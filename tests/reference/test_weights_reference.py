@@ -153,7 +153,7 @@ def training(tmp_path: Path) -> tuple[list[Path], AveragedModel]:
     for k in range(5):
         with torch.no_grad():
             for tensor in net.parameters():
-                tensor += 0.1 * torch.randn_like(tensor)
+                tensor.add_(torch.randn_like(tensor), alpha=0.1)
             net.bn.running_mean += torch.randn(8)  # type: ignore[operator]
         net.bn.num_batches_tracked += 10  # type: ignore[operator]
         averaged.update_parameters(net)

@@ -6,6 +6,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def test_every_tensor_is_aligned_and_the_file_has_no_gaps() -> None:
     spans = sorted((start, start + n, key) for key, (start, n) in found.places.items())
     assert spans[0][0] == len(found.head)
     assert len(found.head) % 8 == 0
-    assert all(end == start for (_, end, _), (start, _, _) in zip(spans, spans[1:], strict=False))
+    assert all(end == start for (_, end, _), (start, _, _) in pairwise(spans))
     assert all(start % ARRAYS[key].dtype.itemsize == 0 for start, _, key in spans)
 
 
