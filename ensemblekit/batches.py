@@ -3,6 +3,7 @@
 Input: what a data target returned, or what a Python caller hands over.
 """
 
+import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ensemblekit.errors import InputError, UsageError
+from ensemblekit.errors import EnsembleKitError, InputError, MachineError, UsageError
+from ensemblekit.targets import user_code
 
+_STREAMS: Any = torch.utils.data.DataLoader | torch.utils.data.IterableDataset
 LABEL_KEYS = ("labels", "label", "y", "target")
 
 
@@ -37,11 +40,15 @@ class Batch:
             inputs = tuple(_move(value, device) for value in self.inputs)
         return Batch(inputs, _move(self.target, device), self.size)
 
-    def call(self, model: torch.nn.Module) -> Any:
-        """The model's outputs for this batch."""
+    def head(self, count: int) -> "Batch":
+        """The first `count` samples."""
+        if count >= self.size:
+            return self
         if isinstance(self.inputs, dict):
-            return model(**self.inputs)
-        return model(*self.inputs)
+            inputs: Any = {key: _cut(value, self.size, count) for key, value in self.inputs.items()}
+        else:
+            inputs = tuple(_cut(value, self.size, count) for value in self.inputs)
+        return Batch(inputs, _cut(self.target, self.size, count), count)
 
 
 @dataclass(frozen=True)
@@ -75,17 +82,57 @@ def batches(data: Any, plan: Plan) -> Iterator[Batch]:
     Raises:
         InputError: The data are empty, or a batch has no known form.
     """
-    empty = True
     done = 0
-    for raw in _raw_batches(data, plan):
+    with user_code("the data"):
+        stream = iter(_raw_batches(data, plan))
+    while plan.limit is None or done < plan.limit:
+        with user_code("the data"):
+            raw = next(stream, None)
+        if raw is None:
+            break
         batch = as_batch(raw)
-        empty = False
-        yield batch
+        if batch.size == 0:
+            continue
+        if plan.limit is not None:
+            batch = batch.head(plan.limit - done)
         done += batch.size
-        if plan.limit is not None and done >= plan.limit:
-            return
-    if empty:
-        raise InputError("the data are empty: no batch came out of them")
+        yield batch
+    if done == 0:
+        raise InputError("the data are empty: no sample came out of them")
+
+
+def forward(model: torch.nn.Module, batch: Batch) -> Any:
+    """The model's outputs for a batch.
+
+    Raises:
+        InputError: The model raised; the message says where, and what it was given.
+        MachineError: Memory ran out.
+    """
+    try:
+        if isinstance(batch.inputs, dict):
+            return model(**batch.inputs)
+        return model(*batch.inputs)
+    except (EnsembleKitError, MemoryError):
+        raise
+    except torch.OutOfMemoryError as error:
+        raise MachineError(f"out of memory: {error}", hint="try --batch-size 32") from error
+    except Exception as error:  # their model may raise anything
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise InputError(
+            f"the model cannot take the data: {error} "
+            f"({type(error).__name__} at {frame.filename}:{frame.lineno}); "
+            f"inputs are {_shapes(batch)}",
+            hint="check the shapes and types that the data target returns against the model",
+        ) from error
+
+
+def _shapes(batch: Batch) -> str:
+    named = batch.inputs.items() if isinstance(batch.inputs, dict) else enumerate(batch.inputs)
+    return ", ".join(
+        f"{name}: {tuple(value.shape)} {value.dtype}"
+        for name, value in named
+        if isinstance(value, torch.Tensor)
+    )
 
 
 def as_batch(raw: Any) -> Batch:
@@ -99,11 +146,13 @@ def as_batch(raw: Any) -> Batch:
     if isinstance(raw, Mapping):
         label = next((key for key in LABEL_KEYS if key in raw), None)
         inputs: Any = {str(k): _tensor(v) for k, v in raw.items() if k != label}
-        target = None if label is None else _tensor(raw[label])
+        target = None if label is None else _labels(raw[label])
         values = list(inputs.values())
     elif isinstance(raw, tuple | list) and raw:
         parts = [_tensor(part) for part in raw]
-        inputs, target = (tuple(parts[:-1]), parts[-1]) if len(parts) > 1 else ((parts[0],), None)
+        inputs, target = (parts[0],), None
+        if len(parts) > 1:
+            inputs, target = tuple(parts[:-1]), _labels(parts[-1])
         values = list(inputs)
     elif isinstance(raw, torch.Tensor | np.ndarray):
         inputs, target = (_tensor(raw),), None
@@ -120,13 +169,20 @@ def as_batch(raw: Any) -> Batch:
 
 
 def _raw_batches(data: Any, plan: Plan) -> Iterable[Any]:
+    if isinstance(data, torch.Tensor | np.ndarray):
+        data = (data,)
     if _is_arrays(data):
         return _array_batches(data, plan)
+    if isinstance(data, torch.utils.data.IterableDataset):
+        stream: Iterable[Any] = torch.utils.data.DataLoader(
+            data, batch_size=plan.batch_size, num_workers=plan.workers
+        )
+        return stream
     if _is_map_style(data):
         loader: Any = torch.utils.data.DataLoader(
             data, batch_sampler=_index_batches(len(data), plan), num_workers=plan.workers
         )
-        batches_of_indices: Iterator[Any] = iter(loader)
+        batches_of_indices: Iterable[Any] = loader
         return batches_of_indices
     if isinstance(data, Iterable):
         return data
@@ -160,6 +216,8 @@ def _index_batches(total: int, plan: Plan) -> list[list[int]]:
 
 
 def _length(data: Any) -> int | None:
+    if isinstance(data, torch.Tensor | np.ndarray):
+        return len(data)
     if _is_arrays(data):
         return len(data[0])
     if _is_map_style(data):
@@ -169,8 +227,8 @@ def _length(data: Any) -> int | None:
 
 
 def _is_arrays(data: Any) -> bool:
-    """A tuple or list of at least two arrays of equal length."""
-    if not isinstance(data, tuple | list) or len(data) < 2:
+    """A tuple of arrays of equal length, or a list of at least two: one could be a batch."""
+    if not isinstance(data, tuple | list) or len(data) < 2 - isinstance(data, tuple):
         return False
     if not all(isinstance(part, torch.Tensor | np.ndarray) and part.ndim for part in data):
         return False
@@ -181,17 +239,35 @@ def _is_arrays(data: Any) -> bool:
 
 
 def _is_map_style(data: Any) -> bool:
-    if isinstance(data, torch.utils.data.DataLoader | Mapping | list | tuple):
+    if isinstance(data, _STREAMS | Mapping | list | tuple):
         return False
     return hasattr(data, "__getitem__") and hasattr(data, "__len__")
 
 
 def _tensor(value: Any) -> Any:
     if isinstance(value, np.ndarray):
-        if value.dtype == np.float64:
-            value = value.astype(np.float32)  # torch's default; models are rarely double
-        return torch.from_numpy(np.ascontiguousarray(value))
+        if value.dtype.kind in "OSUMm":
+            raise InputError(f"an array of type {value.dtype}: expected numbers")
+        wanted = value.dtype.newbyteorder("=")
+        if wanted == np.float64:
+            wanted = np.dtype(np.float32)  # torch's default; models are rarely double
+        return torch.from_numpy(np.require(value, wanted, ["C", "W"]))
     return value
+
+
+def _labels(value: Any) -> Any:
+    """Labels as a tensor; lists of numbers are common."""
+    if isinstance(value, list | tuple):
+        try:
+            return torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"labels are not numbers: {error}") from error
+    return _tensor(value)
+
+
+def _cut(value: Any, size: int, count: int) -> Any:
+    per_sample = isinstance(value, torch.Tensor) and value.ndim and len(value) == size
+    return value[:count] if per_sample else value
 
 
 def _move(value: Any, device: torch.device) -> Any:

@@ -5,16 +5,18 @@ activations than any snapshot had, so the snapshots' statistics do not fit them 
 section 3.2).
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from ensemblekit.batches import Batch
+from ensemblekit.batches import Batch, forward
 from ensemblekit.errors import InputError, NotFiniteError
 
 Progress = Callable[[int], None]
@@ -111,27 +113,23 @@ def recompute_bn(
     pools: dict[str, _Pool] = {}
     samples = 0
     order = _LabelOrder()
-    with _only_in_train_mode(model, layers), _watched(layers, pools):
+    device = torch.device(device)
+    precision = torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
+    with _only_in_train_mode(model, layers), _watched(layers, pools), torch.no_grad(), precision:
         for batch in batches:
             order.see(batch)
-            _forward(model, batch.to(torch.device(device)), autocast)
+            forward(model, batch.to(device))
             samples += batch.size
             if progress is not None:
                 progress(samples)
     if samples == 0:
         raise InputError("the data are empty: no batch came out of them")
     unseen = [name for name in layers if name not in pools]
-    statistics = _write(layers, pools)
+    statistics = _write(model, layers, pools)
     notes = order.warnings()
     if unseen:
         notes.append(f"no data reached {len(unseen)} normalisation layers, such as '{unseen[0]}'")
     return Recomputed(statistics, tuple(pools), kept, samples, tuple(notes))
-
-
-def _forward(model: nn.Module, batch: Batch, autocast: torch.dtype | None) -> None:
-    kind = next(model.parameters()).device.type
-    with torch.no_grad(), torch.autocast(kind, dtype=autocast, enabled=autocast is not None):
-        batch.call(model)
 
 
 @contextmanager
@@ -162,14 +160,16 @@ def _watched(layers: dict[str, nn.Module], pools: dict[str, _Pool]) -> Iterator[
     try:
         for name, layer in layers.items():
 
-            def see(module: nn.Module, args: tuple[torch.Tensor, ...], name: str = name) -> None:
-                seen = _statistics(name, module, args[0])
+            def see(
+                module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name
+            ) -> None:
+                seen = _statistics(name, module, args[0] if args else kwargs["input"])
                 if name in pools:
                     pools[name].add(seen)
                 else:
                     pools[name] = seen
 
-            handles.append(layer.register_forward_pre_hook(see))
+            handles.append(layer.register_forward_pre_hook(see, with_kwargs=True))
         yield
     finally:
         for handle in handles:
@@ -224,16 +224,21 @@ def _check_finite(name: str, mean_C: torch.Tensor, variance_C: torch.Tensor) -> 
         )
 
 
-def _write(layers: dict[str, nn.Module], pools: dict[str, _Pool]) -> dict[str, torch.Tensor]:
+def _write(
+    model: nn.Module, layers: dict[str, nn.Module], pools: dict[str, _Pool]
+) -> dict[str, torch.Tensor]:
+    """Put the statistics into the layers; a layer under several names has them under each."""
     statistics: dict[str, torch.Tensor] = {}
+    names: defaultdict[nn.Module, list[str]] = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        names[module].append(f"{name}." if name else "")
     with torch.no_grad():
         for name, pool in pools.items():
             layer = layers[name]
-            prefix = f"{name}." if name else ""
             values = {"running_mean": pool.mean_C, "running_var": pool.deviations_C / pool.count}
             for key, value in values.items():
                 getattr(layer, key).copy_(value)
-                statistics[prefix + key] = value.cpu()
+                statistics.update({prefix + key: value.cpu() for prefix in names[layer]})
     return statistics
 
 

@@ -82,6 +82,7 @@ def check_shared_storages(snapshots: Sequence[Snapshot]) -> None:
             extent: key
             for key, spec in specs
             if not (_fills_storage(spec) and is_dense(spec))
+            or any(other.tensors[key].stride != spec.stride for other in snapshots)
             for extent in spec.extents
         }
         for extent, key in partial.items():

@@ -60,7 +60,7 @@ def key_map(model: nn.Module, keys: list[str]) -> dict[str, str]:
     Raises:
         IncompatibleError: Keys of either side have no partner.
     """
-    wanted = list(model.state_dict(keep_vars=True))
+    wanted = list(_tensors(model))
     for mapping in _mappings(keys, wanted):
         missing = set(wanted) - set(mapping.values())
         extra = [key for key, own in mapping.items() if own not in set(wanted)]
@@ -93,7 +93,7 @@ def load_weights(model: nn.Module, arrays: Mapping[str, npt.NDArray[Any]]) -> di
         IncompatibleError: Keys or shapes do not fit.
     """
     mapping = key_map(model, list(arrays))
-    own = model.state_dict(keep_vars=True)
+    own = _tensors(model)
     with torch.no_grad():
         for key, array in arrays.items():
             target = own[mapping[key]]
@@ -106,6 +106,12 @@ def load_weights(model: nn.Module, arrays: Mapping[str, npt.NDArray[Any]]) -> di
             target.copy_(to_torch(array))
     model.eval()
     return mapping
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's parameters and buffers by key, without extra state."""
+    state = model.state_dict(keep_vars=True)
+    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
 
 
 def _mappings(keys: list[str], wanted: list[str]) -> list[dict[str, str]]:
@@ -131,7 +137,7 @@ def _prefix(key: str, tails: set[str]) -> str | None:
 
 def _needed(model: nn.Module, missing: set[str], present: set[str]) -> list[str]:
     """Missing keys that matter: neither counters nor tied to a key that is there."""
-    tensors = model.state_dict(keep_vars=True)
+    tensors = _tensors(model)
     there = {tensors[key].data_ptr() for key in present if key in tensors}
     return [
         key

@@ -5,9 +5,9 @@ Input: the places that `walk` found, read by `containers`, understood by `layout
 
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,7 @@ def examine(checkpoints: Sequence[str | os.PathLike[str]], selection: Selection)
     excluded = [item for item in skipped if item.reason.startswith("excluded")]
     if not found and not errors and excluded:
         raise UsageError(f"--exclude leaves none of {len(excluded)} files")
+    found = _with_numbers(found)
     if not found and not errors:
         names = ", ".join(str(c) for c in checkpoints)
         errors.append(InputError(f"{names}: no checkpoints found", hint=_what_was_there(skipped)))
@@ -126,6 +127,7 @@ def _arrange(
             check_same_signature(snapshots)
             snapshots, more = _without_repeats(snapshots)
             skipped.extend(more)
+            snapshots, ordered_by = in_order(snapshots)
             snapshots, more = select(snapshots, selection, ordered_by)
             skipped.extend(more)
             warnings += [text for text in [high_rate_warning(snapshots)] if text]
@@ -154,6 +156,7 @@ def read_snapshot(place: walk.Place, weights: str = "auto") -> Snapshot:
         name=place.name,
         format=f"{tree.container}/{reading.layout}",
         variant=variant,
+        role=chosen.role,
         available=tuple(reading.weights),
         tensors=_usable(chosen.tensors, path),
         ties=chosen.ties,
@@ -161,7 +164,7 @@ def read_snapshot(place: walk.Place, weights: str = "auto") -> Snapshot:
         extras=chosen.extras,
         is_average=chosen.is_average,
         sources=_own_sources(tree, chosen.tensors),
-        numbers=_numbers_of(path),
+        numbers=(),
         found_in=place.found_in,
         warnings=chosen.warnings,
     )
@@ -236,9 +239,11 @@ def _without_repeats(snapshots: list[Snapshot]) -> tuple[list[Snapshot], list[Sk
 def _several_runs(snapshots: list[Snapshot]) -> EnsembleKitError | None:
     """Folders may be named one by one; within one that was named there must be one run."""
     runs: defaultdict[Path, defaultdict[Path, int]] = defaultdict(lambda: defaultdict(int))
+    neighbours = Counter(s.path.parent for s in snapshots)
     for snapshot in snapshots:
         if snapshot.found_in is not None:
-            runs[snapshot.found_in][_run_of(snapshot)] += 1
+            alone = neighbours[snapshot.path.parent] == 1
+            runs[snapshot.found_in][_run_of(snapshot, alone=alone)] += 1
     for folder, found in runs.items():
         if len(found) > 1:
             shown = listing(f"{run} ({count} snapshots)" for run, count in sorted(found.items()))
@@ -250,32 +255,39 @@ def _several_runs(snapshots: list[Snapshot]) -> EnsembleKitError | None:
 
 
 def _several_variants(snapshots: list[Snapshot]) -> EnsembleKitError | None:
-    by_variant = {s.variant: s for s in reversed(snapshots)}
-    if len(by_variant) < 2:
+    """Moving averages and raw weights are different series, whatever their keys are called."""
+    by_role = {s.role: s for s in reversed(snapshots) if not s.is_average}
+    if len(by_role) < 2:
         return None
-    (one, first), (other, second), *_ = by_variant.items()
-    roles = {s.variant: s.available for s in snapshots}
-    common = set.intersection(*(set(a) for a in roles.values()))
-    if not common:  # the same thing under several names, such as model and state_dict
-        return None
+    first, second, *_ = by_role.values()
     return IncompatibleError(
-        f"{first.path} would give its '{one}', {second.path} its '{other}'; "
-        "an average must not mix them",
-        hint=f"--weights {sorted(common)[0]}",
+        f"{first.path} would give its '{first.variant}' ({first.role}), {second.path} its "
+        f"'{second.variant}' ({second.role}); an average must not mix them",
+        hint="choose one kind with --weights model or --weights ema, or leave files out with "
+        "--exclude",
     )
 
 
-def _run_of(snapshot: Snapshot) -> Path:
-    """The folder of the run: numbered folders (`checkpoint-500/`) are snapshots of one."""
+def _run_of(snapshot: Snapshot, *, alone: bool) -> Path:
+    """The folder of the run: numbered folders with one file (`checkpoint-500/`) are snapshots."""
     folder = snapshot.path.parent
     inside = not snapshot.path.is_dir() and folder != snapshot.found_in
-    return folder.parent if inside and _numbers(folder.name) else folder
+    return folder.parent if inside and alone and _numbers(folder.name) else folder
 
 
-def _numbers_of(path: Path) -> tuple[int, ...]:
-    """The numbers in a file's name, else in the name of its folder."""
-    own = _numbers(path.name if path.is_dir() else _stem(path.name))
-    return own or _numbers(path.absolute().parent.name)
+def _with_numbers(snapshots: list[Snapshot]) -> list[Snapshot]:
+    """Each with the numbers of its name, or of its folder's where no neighbour has any.
+
+    Numbers that all share at the front (`vgg16_epoch_3`) say nothing about the order.
+    """
+    own = [_numbers(s.path.name if s.path.is_dir() else _stem(s.path.name)) for s in snapshots]
+    numbered = {s.path.parent for s, numbers in zip(snapshots, own, strict=True) if numbers}
+    for i, snapshot in enumerate(snapshots):
+        if snapshot.path.parent not in numbered:
+            own[i] = _numbers(snapshot.path.absolute().parent.name)
+    while len(own) > 1 and all(len(n) > 1 for n in own) and len({n[0] for n in own}) == 1:
+        own = [numbers[1:] for numbers in own]
+    return [replace(s, numbers=numbers) for s, numbers in zip(snapshots, own, strict=True)]
 
 
 def _stem(name: str) -> str:

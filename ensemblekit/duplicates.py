@@ -9,11 +9,10 @@ from collections import defaultdict
 import numpy as np
 import numpy.typing as npt
 
-from ensemblekit.containers import TensorSpec, is_dense, read_array
+from ensemblekit.containers import TensorSpec, is_dense, read_array, storage_span
 from ensemblekit.snapshots import Snapshot
 
 _SAMPLED_TENSORS = 32
-_SAMPLE_BYTES = 64
 _MEAN_SAMPLES = 1 << 14
 _MEAN_TOLERANCE = 1e-6
 _BLOCK = 1 << 20
@@ -68,7 +67,7 @@ def _one_mean(snapshots: list[Snapshot]) -> tuple[Snapshot, list[Snapshot]] | No
     values_SK = values_SK[np.isfinite(values_SK).all(axis=1)]  # NaN is `state`'s to report
     scale = np.abs(values_SK).max(initial=0.0)
     centred_SK = values_SK - values_SK.mean(axis=1, keepdims=True)
-    if scale == 0 or len(values_SK) < 4 * len(snapshots):
+    if scale == 0 or len(values_SK) < len(snapshots) + 4:
         return None
     # centred columns always sum to zero; a second (near) zero singular value is a dependency
     singular = np.linalg.svd(centred_SK, compute_uv=False)
@@ -117,14 +116,15 @@ def _leading(spec: TensorSpec, count: int) -> npt.NDArray[np.float64]:
 
 
 def _sample(snapshot: Snapshot) -> bytes:
-    """A digest of a few bytes of a few tensors: equal weights have equal ones."""
+    """A digest of a few elements of a few tensors: equal weights have equal ones."""
     digest = hashlib.sha256(repr(sorted(snapshot.signature.items())).encode())
-    dense = [key for key in sorted(snapshot.tensors) if snapshot.tensors[key].in_one_run]
-    for key in dense[:: max(1, len(dense) // _SAMPLED_TENSORS)]:
+    keys = [k for k, spec in sorted(snapshot.tensors.items()) if spec.size and not spec.pieces]
+    for key in keys[:: max(1, len(keys) // _SAMPLED_TENSORS)]:
         spec = snapshot.tensors[key]
-        source, length = spec.extent.source, min(_SAMPLE_BYTES, spec.nbytes)
-        for start in {0, (spec.nbytes - length) // 2, spec.nbytes - length}:
-            digest.update(source.read(spec.start + start, length))
+        itemsize = spec.type.itemsize
+        last = spec.start + (storage_span(spec) - 1) * itemsize
+        for place in (spec.start, last):  # first and last are the same in every memory format
+            digest.update(spec.extent.source.read(place, itemsize))
     return digest.digest()
 
 

@@ -149,6 +149,9 @@ class Source:
         """
         with _POOL.descriptor(self) as descriptor:
             now = _fingerprint(os.fstat(descriptor))
+        with contextlib.suppress(OSError):  # deleted since: what was read is what it was
+            there = _fingerprint(self.path.stat())
+            now = there if there[:2] != now[:2] else now
         if now != self.fingerprint:
             raise _changed(self.path)
 
@@ -214,6 +217,7 @@ class _DescriptorPool:
         self._limit = limit
         self._open: OrderedDict[Source, int] = OrderedDict()
         self._busy: dict[Source, int] = {}
+        self._closing: set[Source] = set()
         self._lock = threading.Lock()
 
     def adopt(self, source: Source, descriptor: int) -> None:
@@ -241,12 +245,17 @@ class _DescriptorPool:
                 self._busy[source] -= 1
                 if not self._busy[source]:
                     del self._busy[source]
+                    if source in self._closing:
+                        self._closing.discard(source)
+                        os.close(self._open.pop(source))
 
     def close(self, source: Source) -> None:
+        """Close now, or when the last reader is done: the number may be another file's then."""
         with self._lock:
-            descriptor = self._open.pop(source, None)
-        if descriptor is not None:
-            os.close(descriptor)
+            if source in self._busy:
+                self._closing.add(source)
+            elif source in self._open:
+                os.close(self._open.pop(source))
 
     def _evict(self) -> None:
         for source in list(self._open):

@@ -10,7 +10,7 @@ from ensemblekit.predict import Predictions
 
 def correct(predictions: Predictions) -> int:
     """Samples whose most probable class is the label; ties go to the lower class."""
-    return int((predictions.log_probs_NC.argmax(1) == predictions.targets_N).sum())
+    return int((predictions.log_probs_NC.argmax(1) == predictions.targets_N.long()).sum())
 
 
 def accuracy(predictions: Predictions) -> float:

@@ -3,16 +3,14 @@
 Input: a ready module and batches.
 """
 
-import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
-from ensemblekit.batches import Batch
-from ensemblekit.errors import EnsembleKitError, InputError
+from ensemblekit.batches import Batch, forward
+from ensemblekit.errors import InputError
 from ensemblekit.tasks import class_log_probs, logits_of
 
 
@@ -52,35 +50,13 @@ def predict(
         with torch.inference_mode(), torch.autocast(device.type, autocast, autocast is not None):
             for batch in batches:
                 moved = batch.to(device)
-                logits = logits_of(_outputs(model, moved), logits_key)
+                logits = logits_of(forward(model, moved), logits_key)
                 log_probs.append(class_log_probs(logits, moved.target).cpu())
                 assert batch.target is not None
                 targets.append(batch.target.cpu())
     finally:
         for module, flag in flags.items():
             module.training = flag
+    if not log_probs:
+        raise InputError("the data are empty: there is nothing to predict")
     return Predictions(torch.cat(log_probs), torch.cat(targets))
-
-
-def _outputs(model: nn.Module, batch: Batch) -> Any:
-    try:
-        return batch.call(model)
-    except EnsembleKitError:
-        raise
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise InputError(
-            f"the model cannot take the data: {error} "
-            f"({type(error).__name__} at {frame.filename}:{frame.lineno}); "
-            f"inputs are {_shapes(batch)}",
-            hint="check the shapes and types that the data target returns against the model",
-        ) from error
-
-
-def _shapes(batch: Batch) -> str:
-    named = batch.inputs.items() if isinstance(batch.inputs, dict) else enumerate(batch.inputs)
-    return ", ".join(
-        f"{name}: {tuple(value.shape)} {value.dtype}"
-        for name, value in named
-        if isinstance(value, torch.Tensor)
-    )

@@ -13,7 +13,7 @@ from typing import Any
 from ensemblekit.containers import TensorSpec
 from ensemblekit.errors import IncompatibleError, InputError, listing
 from ensemblekit.files import Source, sha256
-from ensemblekit.layouts import Facts
+from ensemblekit.layouts import Facts, Role
 
 Signature = Mapping[str, tuple[tuple[int, ...], str]]
 
@@ -27,6 +27,7 @@ class Snapshot:
         name: The path as shown.
         format: Container and layout.
         variant: Which of the file's sets of weights this is.
+        role: What that set is: the raw model, a moving average, a running one, unknown.
         available: All sets in the file.
         tensors: By the network's own keys.
         ties: Groups of keys that share one storage.
@@ -34,7 +35,8 @@ class Snapshot:
         extras: Keys without tensors, which an average cannot carry.
         is_average: Already a mean over the run.
         sources: The files that hold it.
-        numbers: The numbers in its name, from which the order is taken when the file is silent.
+        numbers: The numbers in its name that not all others share; the order is taken from them
+            when the files are silent.
         found_in: The folder argument under which it was found, None when it was named itself.
         warnings: What a user who averages such weights should know.
     """
@@ -43,6 +45,7 @@ class Snapshot:
     name: str
     format: str
     variant: str
+    role: Role
     available: tuple[str, ...]
     tensors: Mapping[str, TensorSpec]
     ties: tuple[tuple[str, ...], ...]
@@ -118,6 +121,19 @@ class SnapshotSet:
         return self.snapshots[0]
 
     @property
+    def ties(self) -> tuple[tuple[str, ...], ...]:
+        """Groups of keys that share one storage in every snapshot."""
+        homes = [{key: g for g in s.ties for key in g} for s in self.snapshots]
+        groups: dict[Any, list[str]] = defaultdict(list)
+        for key in self.first.tensors:
+            groups[tuple(home.get(key) for home in homes)].append(key)
+        return tuple(
+            tuple(sorted(keys))
+            for place, keys in groups.items()
+            if len(keys) > 1 and None not in place
+        )
+
+    @property
     def norm_layers(self) -> tuple[str, ...]:
         """Prefixes of the layers that keep running statistics."""
         keys = self.first.tensors
@@ -131,7 +147,7 @@ def position(snapshot: Snapshot, ordered_by: str) -> float | None:
         return snapshot.facts.step
     if ordered_by == "epoch":
         return snapshot.facts.epoch
-    return float(snapshot.numbers[-1]) if ordered_by == "number" else None
+    return float(snapshot.numbers[0]) if ordered_by == "number" else None
 
 
 def check_same_signature(snapshots: Sequence[Snapshot]) -> None:

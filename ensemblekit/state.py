@@ -93,8 +93,8 @@ def weighted_sums(
     assert all(len(row.coefficients) == len(snapshots) for row in rows)
     check_shared_storages(snapshots.snapshots)
     tally = _Tally()
-    twins = {group[0]: group for group in snapshots.first.ties}
-    followers = {key for group in snapshots.first.ties for key in group[1:]}
+    twins = {group[0]: group for group in snapshots.ties}
+    followers = {key for group in snapshots.ties for key in group[1:]}
     jobs = [key for key in snapshots.first.tensors if key not in followers]
     jobs.sort(key=lambda key: -snapshots.first.tensors[key].nbytes)  # long ones first
     workers = threads or min(4, os.cpu_count() or 1)
@@ -111,9 +111,11 @@ def weighted_sums(
             )
             for key in jobs
         ]
-        wait(futures, return_when=FIRST_EXCEPTION)
-        for future in futures:
-            future.cancel()
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:  # also when interrupted: leaving the pool waits for what is not cancelled
+            for future in futures:
+                future.cancel()
     for future in futures:
         if not future.cancelled():
             future.result()
@@ -135,11 +137,11 @@ def array_sink(snapshots: SnapshotSet) -> tuple[dict[str, npt.NDArray[Any]], Sin
 
 
 def materialize(
-    snapshots: SnapshotSet, rows: Sequence[Row]
+    snapshots: SnapshotSet, rows: Sequence[Row], *, replaced: frozenset[str] = frozenset()
 ) -> tuple[list[dict[str, npt.NDArray[Any]]], Similarity]:
     """The weights of every row as arrays in memory, in torch's dtypes seen by numpy."""
     targets = [array_sink(snapshots) for _ in rows]
-    similarity = weighted_sums(snapshots, rows, [sink for _, sink in targets])
+    similarity = weighted_sums(snapshots, rows, [sink for _, sink in targets], replaced=replaced)
     return [arrays for arrays, _ in targets], similarity
 
 
@@ -195,7 +197,9 @@ def _mix_floats(
     replaced: frozenset[str],
 ) -> list[npt.NDArray[np.uint8]]:
     real = snapshots.first.tensors[key].type.real
-    equal = bool((block_KB == block_KB[0]).all()) and len(block_KB) > 1
+    bits_KN = block_KB.view(f"u{real.itemsize}")
+    same_N = (bits_KN == bits_KN[0]).all(axis=0)
+    equal = bool(same_N.all())
     values_KN = block_KB.view(real).astype(np.float64)
     _check_values(snapshots, key, values_KN, constant=equal)
     results = []
@@ -204,9 +208,10 @@ def _mix_floats(
         if only is not None:
             mixed_N, result = values_KN[only], block_KB[only]
         else:
-            mixed_N = _mix(values_KN, row, compensated=real == np.float64)
+            mixed_N = _mix_within_range(values_KN, row, compensated=real == np.float64)
             with np.errstate(over="ignore"):
                 narrowed = narrow(mixed_N, real)
+            np.copyto(narrowed.view(bits_KN.dtype), bits_KN[0], where=same_N)
             result = narrowed.view(np.uint8)
             if key not in replaced:
                 _check_result(key, narrowed)
@@ -219,26 +224,63 @@ def _mix_floats(
     return results
 
 
+_SHRINK = 2.0**-100
+
+
+def _mix_within_range(
+    values_KN: npt.NDArray[np.float64], row: Row, *, compensated: bool
+) -> npt.NDArray[np.float64]:
+    """The sum of large float64 values can overflow where their mean does not."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        mixed_N = _mix(values_KN, row, compensated=compensated)
+        far_N = ~np.isfinite(mixed_N)
+        if far_N.any():
+            near = _mix(values_KN[:, far_N] * _SHRINK, row, compensated=compensated)
+            mixed_N[far_N] = near / _SHRINK
+    return mixed_N
+
+
 def _mix(
     values_KN: npt.NDArray[np.float64], row: Row, *, compensated: bool
 ) -> npt.NDArray[np.float64]:
     total_N = np.zeros(values_KN.shape[1])
-    lost_N = np.zeros_like(total_N) if compensated else None
+    lost_N = np.zeros_like(total_N)
     for values_N, coefficient in zip(values_KN, row.coefficients, strict=True):
         if coefficient == 0:
             continue
         term_N = values_N if coefficient == 1 else values_N * coefficient
-        if lost_N is None:
+        if not compensated:
             total_N += term_N
             continue
+        if coefficient != 1:
+            lost_N += _product_error(values_N, coefficient, term_N)
         new_N = total_N + term_N  # Knuth's two-sum: what the addition lost, exactly
         part_N = new_N - total_N
         lost_N += (total_N - (new_N - part_N)) + (term_N - part_N)
         total_N = new_N
-    if lost_N is not None:
-        total_N += lost_N
-    total_N /= row.divisor
-    return total_N
+    if not compensated:
+        total_N /= row.divisor
+        return total_N
+    mean_N = (total_N + lost_N) / row.divisor
+    back_N = mean_N * row.divisor  # one step of long division: what the quotient left over
+    left_N = (total_N - back_N) - _product_error(mean_N, row.divisor, back_N) + lost_N
+    mean_N += left_N / row.divisor
+    return mean_N
+
+
+def _product_error(
+    values_N: npt.NDArray[np.float64], factor: float, product_N: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """What rounding took from `values * factor`, exactly (Dekker 1971); 0 near overflow."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        high_N = values_N * 134217729.0
+        high_N -= high_N - values_N
+        low_N = values_N - high_N
+        high = factor * 134217729.0
+        high -= high - factor
+        low = factor - high
+        error_N = ((high_N * high - product_N) + high_N * low + low_N * high) + low_N * low
+        return np.where(np.isfinite(error_N), error_N, 0.0)
 
 
 def _pick_integers(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from ensemblekit.errors import UsageError, UserCodeError, listing
+from ensemblekit.errors import EnsembleKitError, UsageError, UserCodeError, listing
 
 _LIBRARIES = {"timm": "timm", "torchvision": "torchvision.models"}
 _FORMS = "FILE.py:NAME or package.module:NAME"
@@ -86,7 +86,7 @@ def load_model(text: str, arguments: Mapping[str, Any]) -> Any:
         make = _callable(target, "model")
     if isinstance(make, nn.Module):
         return make
-    with _user_code(f"model target '{text}'"):
+    with user_code(f"model target '{text}'"):
         model = make(**arguments)
     if not isinstance(model, nn.Module):
         raise UsageError(
@@ -114,7 +114,7 @@ def load_data(text: str, split: str) -> Any:
     arguments = dict(target.arguments)
     if "split" not in arguments and _takes(make, "split"):
         arguments["split"] = split
-    with _user_code(f"data target '{text}'"):
+    with user_code(f"data target '{text}'"):
         return make(**arguments)
 
 
@@ -124,11 +124,7 @@ def fingerprint(text: str) -> str:
     digest = hashlib.sha256(text.encode())
     path = Path(target.where)
     if target.name and not target.where.endswith(".py"):
-        try:
-            spec = importlib.util.find_spec(target.where)
-        except (ImportError, ValueError):
-            spec = None
-        path = Path(spec.origin) if spec and spec.origin else path
+        path = Path(_module_file(target) or target.where)
     files = [path, *(Path(str(v)) for v in target.arguments.values() if isinstance(v, str))]
     for file in files:
         if file.is_file():
@@ -168,7 +164,7 @@ def _file(target: Target) -> Any:
     folder = str(path.resolve().parent)
     sys.path.insert(0, folder)  # the file may import its neighbours, now or when called
     try:
-        with _user_code(f"target '{target.text}'"):
+        with user_code(f"target '{target.text}'"):
             spec.loader.exec_module(module)
     except UserCodeError:
         del sys.modules[name]
@@ -178,19 +174,25 @@ def _file(target: Target) -> Any:
 
 
 def _module(target: Target) -> Any:
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        found = importlib.util.find_spec(target.where)
-    except (ImportError, ValueError):
-        found = None
-    if found is None:
+    if _module_file(target) is None:
         raise UsageError(
             f"target '{target.text}': there is no module '{target.where}'",
             hint=f"write {_FORMS}",
         )
-    with _user_code(f"target '{target.text}'"):
+    with user_code(f"target '{target.text}'"):
         return importlib.import_module(target.where)
+
+
+def _module_file(target: Target) -> str | None:
+    """Where the module lies, None where there is none; the working directory counts."""
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    with user_code(f"target '{target.text}'"):  # finding a submodule imports its package
+        try:
+            found = importlib.util.find_spec(target.where)
+        except (ModuleNotFoundError, ValueError):
+            return None
+    return None if found is None else found.origin or ""
 
 
 def _library_model(target: Target) -> Callable[..., Any]:
@@ -218,7 +220,7 @@ def _arrays(target: Target) -> tuple[Any, Any]:
     path = Path(target.where)
     if not path.is_file():
         raise UsageError(f"target '{target.text}': there is no file {path}")
-    with _user_code(f"data target '{target.text}'"), np.load(path, allow_pickle=False) as arrays:
+    with user_code(f"data target '{target.text}'"), np.load(path, allow_pickle=False) as arrays:
         names = [str(target.arguments.get(key, key)) for key in ("x", "y")]
         missing = [name for name in names if name not in arrays]
         if missing:
@@ -230,12 +232,17 @@ def _arrays(target: Target) -> tuple[Any, Any]:
 
 
 @contextmanager
-def _user_code(what: str) -> Iterator[None]:
+def user_code(what: str) -> Iterator[None]:
+    """Whatever is raised inside is the user's: exit 3, with their traceback.
+
+    Raises:
+        UserCodeError: In the place of every exception but ours, memory running out, and Ctrl-C.
+    """
     try:
         yield
-    except (UsageError, KeyboardInterrupt):
+    except (EnsembleKitError, MemoryError):
         raise
-    except Exception as error:  # whatever the user's code raises is theirs
+    except (Exception, SystemExit) as error:  # their code may raise anything
         raise UserCodeError(
             f"{what} raised {type(error).__name__}: {error}. The traceback is of your code:",
             traceback=_their_traceback(error),

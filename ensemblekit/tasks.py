@@ -54,11 +54,13 @@ def class_log_probs(logits: torch.Tensor, labels: torch.Tensor | None) -> torch.
             f"labels of shape {tuple(labels.shape)} and type {labels.dtype} do not fit an output "
             f"of shape {tuple(logits.shape)}; expected one integer a sample"
         )
+    labels = labels.long()
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= logits.shape[1]:
         raise InputError(
             f"labels run from {low} to {high}, the model has classes 0 to {logits.shape[1] - 1}"
         )
-    if torch.isnan(logits).any():
-        raise NotFiniteError("the model's output contains NaN")
-    return torch.log_softmax(logits.float(), dim=1)
+    log_probs = torch.log_softmax(logits.float(), dim=1)
+    if torch.isnan(log_probs).any():  # of NaN, or of Inf, which is no probability either
+        raise NotFiniteError("the model's output contains NaN or Inf")
+    return log_probs

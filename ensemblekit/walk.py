@@ -109,11 +109,13 @@ def _search(folder: Path, top: Path, depth: int, passed: list[Passed]) -> list[P
     for entry in sorted(os.scandir(folder), key=lambda e: e.name):
         path = Path(entry.path)
         if _is_folder(entry):
-            if not entry.name.startswith(".") and depth < _MAX_DEPTH and not entry.is_symlink():
-                below = _search(path, top, depth + 1, passed)
-                if not below and path.suffix in _CLAIMS:
-                    below = [Place(path, _shown(path, top), top, claims=True)]
-                found.extend(below)
+            if reason := _why_not_enter(entry, depth):
+                passed.append(Passed(_shown(path, top), reason))
+                continue
+            below = _search(path, top, depth + 1, passed)
+            if not below and path.suffix in _CLAIMS:
+                below = [Place(path, _shown(path, top), top, claims=True)]
+            found.extend(below)
         elif entry.name in consumed:
             continue
         elif _is_side_file(entry.name):
@@ -121,6 +123,14 @@ def _search(folder: Path, top: Path, depth: int, passed: list[Passed]) -> list[P
         else:
             found.append(Place(path, _shown(path, top), top, claims=path.suffix in _CLAIMS))
     return found
+
+
+def _why_not_enter(entry: os.DirEntry[str], depth: int) -> str | None:
+    if entry.name.startswith("."):
+        return "hidden folder"
+    if entry.is_symlink():
+        return "link to a folder"
+    return f"more than {_MAX_DEPTH} folders deep" if depth >= _MAX_DEPTH else None
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from ensemblekit.batches import Batch, Plan, as_batch, batches, count
+from ensemblekit.batches import Batch, Plan, as_batch, batches, count, forward
 from ensemblekit.errors import EnsembleKitError, InputError, UsageError
 
 X = torch.arange(30, dtype=torch.float32).reshape(10, 3)
@@ -89,13 +89,13 @@ def test_a_dict_holds_its_label_under_a_known_key(key: str) -> None:
     assert torch.equal(batch.target, Y)
     assert isinstance(batch.inputs, dict)
     assert list(batch.inputs) == ["pixels", "mask"]
-    assert batch.call(lambda pixels, mask: (pixels * mask).sum()) == X[X > 3].sum()  # type: ignore[arg-type]
+    assert forward(lambda pixels, mask: (pixels * mask).sum(), batch) == X[X > 3].sum()  # type: ignore[arg-type]
 
 
 def test_several_inputs() -> None:
     batch = as_batch((X, X + 1, Y))
     assert len(batch.inputs) == 2
-    assert torch.equal(batch.call(lambda a, b: b - a), torch.ones(10, 3))  # type: ignore[arg-type]
+    assert torch.equal(forward(lambda a, b: b - a, batch), torch.ones(10, 3))  # type: ignore[arg-type]
     (whole,) = batches((X, X + 1, Y), Plan())
     assert len(whole.inputs) == 2
 
@@ -210,7 +210,7 @@ def test_a_limit_reads_no_batch_too_many() -> None:
         (DataLoader(Squares(), batch_size=4), 4, 4),
         (generator(), 4, None),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_count_foretells_the_samples(data: Any, limit: int | None, wanted: int | None) -> None:
     assert count(data, Plan(limit=limit)) == wanted

@@ -27,6 +27,7 @@ def snapshot(
         name=name,
         format="torch-zip/state-dict",
         variant="model",
+        role="model",
         available=("model",),
         tensors={},
         ties=(),

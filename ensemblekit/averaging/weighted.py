@@ -36,4 +36,9 @@ def weighted(
             hint=f"in this order: {names}",
         )
     numbers = tuple(float(c) for c in coefficients)
-    return Row(numbers, math.fsum(numbers))
+    try:
+        return Row(numbers, math.fsum(numbers))
+    except (OverflowError, ValueError) as error:
+        raise UsageError(
+            f"coefficients must be finite and not too large, found {numbers}"
+        ) from error

@@ -1,5 +1,6 @@
 """`ensemblekit average`: many checkpoints, one model."""
 
+import contextlib
 import json
 import shlex
 import sys
@@ -91,20 +92,21 @@ def command(
     rule_options = {} if coefficients is None else {"coefficients": _numbers(coefficients)}
     if coefficients is not None and method == "uniform":
         method = "weighted"
-    result = average(
-        checkpoints,
-        output,
-        method=method,
-        rule_options=rule_options,
-        selection=Selection(**selecting),
-        model=ModelOptions(model_args=options.pairs(model_arg) if model_arg else {}, **rest),
-        bn=bn,
-        force=force,
-        dry_run=dry_run,
-        strict=strict,
-        command=["ensemblekit", *sys.argv[1:]],
-        progress=show.progress(quiet=obj["quiet"] or as_json),
-    )
+    with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is not our data
+        result = average(
+            checkpoints,
+            output,
+            method=method,
+            rule_options=rule_options,
+            selection=Selection(**selecting),
+            model=ModelOptions(model_args=options.pairs(model_arg) if model_arg else {}, **rest),
+            bn=bn,
+            force=force,
+            dry_run=dry_run,
+            strict=strict,
+            command=["ensemblekit", *sys.argv[1:]],
+            progress=show.progress(quiet=obj["quiet"] or as_json),
+        )
     if as_json:
         click.echo(json.dumps(result.to_json()))
     else:

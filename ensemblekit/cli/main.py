@@ -10,13 +10,14 @@ import signal
 import sys
 import traceback
 from importlib import import_module
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 import click
 
 from ensemblekit import __version__
-from ensemblekit.cli import settings
+from ensemblekit.cli import settings, show
 from ensemblekit.errors import EnsembleKitError, MachineError, UsageError, one_of
 
 # name -> (module, what the list of commands says)
@@ -77,6 +78,9 @@ def main() -> NoReturn:
 def run(argv: list[str]) -> int:
     """Run one command and return its exit code; see the table in the README."""
     as_json = "--json" in argv
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by `>&-`
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115  # until we end
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -96,6 +100,11 @@ def run(argv: list[str]) -> int:
     except _Terminated:
         click.echo("terminated; nothing half-written is left behind", err=True)
         return 143
+    except SystemExit as stop:  # click and rich make this of a broken pipe
+        if stop.code in (0, None):
+            return 0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except BrokenPipeError:  # the reader has gone, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -118,9 +127,9 @@ def _report(error: EnsembleKitError, *, as_json: bool) -> int:
         body = {"kind": error.kind, "message": error.message, "hint": error.hint}
         click.echo(json.dumps({"schema_version": 1, "error": body}))
     else:
-        click.echo(click.style("error: ", fg="red", bold=True) + error.message, err=True)
+        click.echo(show.styled("error: ", fg="red") + error.message, err=True)
         if error.hint:
-            click.echo(click.style("hint: ", fg="cyan") + error.hint, err=True)
+            click.echo(show.styled("hint: ", fg="cyan") + error.hint, err=True)
     return error.exit_code
 
 

@@ -8,6 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import click
+
 from ensemblekit.errors import UsageError, one_of
 
 
@@ -26,7 +28,8 @@ def defaults(config: str | None, command: str | None) -> dict[str, dict[str, Any
     from ensemblekit.cli.main import COMMANDS
 
     known = {name: _options(name) for name in COMMANDS}
-    everywhere = set().union(*known.values())
+    everywhere = {key for options in known.values() for key in options}
+    own = known.get(command, {})
     found: dict[str, Any] = {}
     for key, value in table.items():
         if key in COMMANDS and isinstance(value, dict):
@@ -34,10 +37,10 @@ def defaults(config: str | None, command: str | None) -> dict[str, dict[str, Any
                 one_of(inner, sorted(known[key]), what=f"setting in [{key}] of {path}")
         else:
             one_of(key, sorted(everywhere), what=f"setting in {path}")
-            if command in known and key in known[command]:
-                found[_parameter(key)] = _plain(value)
-    own = table.get(command, {})
-    found.update({_parameter(key): _plain(value) for key, value in own.items()})
+            if key in own:
+                found[own[key].name or key] = _checked(own[key], value, f"{path}: {key}")
+    for key, value in table.get(command, {}).items():
+        found[own[key].name or key] = _checked(own[key], value, f"{path}: [{command}] {key}")
     return {command: found}
 
 
@@ -48,9 +51,13 @@ def _read(config: str | None) -> tuple[Path, dict[str, Any]]:
     if path.is_file():
         return path, _toml(path)
     path = Path("pyproject.toml")
-    if path.is_file():
-        return path, _toml(path).get("tool", {}).get("ensemblekit", {})
-    return path, {}
+    if not path.is_file():
+        return path, {}
+    tool = _toml(path).get("tool", {})
+    table = tool.get("ensemblekit", {}) if isinstance(tool, dict) else {}
+    if not isinstance(table, dict):
+        raise UsageError(f"{path}: [tool.ensemblekit] is no table")
+    return path, table
 
 
 def _toml(path: Path) -> dict[str, Any]:
@@ -62,18 +69,34 @@ def _toml(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: is not TOML ({error})") from error
 
 
-def _options(command: str) -> set[str]:
+def _options(command: str) -> dict[str, click.Option]:
+    """The command's options by their long names, without dashes."""
     from ensemblekit.cli.main import COMMANDS
 
     parameters = import_module(COMMANDS[command][0]).command.params
-    names = (option.removeprefix("--") for p in parameters for option in p.opts)
-    return {name for name in names if not name.startswith("-") and name.islower()}
+    found = {}
+    for parameter in parameters:
+        if isinstance(parameter, click.Option):
+            names = [name for name in parameter.opts if name.startswith("--")]
+            found[names[0].removeprefix("--")] = parameter
+    return found
 
 
-def _parameter(key: str) -> str:
-    return key.replace("-", "_")
+def _checked(option: click.Option, value: Any, where: str) -> Any:
+    """The value, if it is of the kind that the option takes.
 
-
-def _plain(value: Any) -> Any:
-    """A table such as `model-arg = {width = 16}` is a list of K=V."""
-    return [f"{k}={v}" for k, v in value.items()] if isinstance(value, dict) else value
+    A table such as `model-arg = {width = 16}` is a list of K=V.
+    """
+    if option.multiple:
+        if isinstance(value, dict):
+            value = [f"{key}={inner}" for key, inner in value.items()]
+        values = value if isinstance(value, list) else [value]
+        if all(isinstance(item, str | int | float) for item in values):
+            return [str(item) for item in values]
+        raise UsageError(f"{where} = {value!r}: expected a text or a list of texts")
+    kinds: Any = bool if option.is_flag else str | int | float
+    if not isinstance(value, kinds) or (isinstance(value, bool) and not option.is_flag):
+        raise UsageError(
+            f"{where} = {value!r}: expected {'true or false' if option.is_flag else 'a text or a number'}"
+        )
+    return value

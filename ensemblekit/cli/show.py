@@ -4,6 +4,7 @@ Input: plain values. Data goes to stdout, everything else to stderr; no bars and
 there is no terminal.
 """
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
@@ -17,20 +18,28 @@ def table(
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
+
+    from ensemblekit.errors import printable
 
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for column in columns:
         numbers = column in right
         shown.add_column(column, justify="right" if numbers else "left", no_wrap=numbers)
     for row in rows:
-        shown.add_row(*("" if cell is None else str(cell) for cell in row))
+        shown.add_row(*(Text("" if cell is None else printable(str(cell))) for cell in row))
     width = None if sys.stdout.isatty() else 160
     Console(file=sys.stdout, width=width, highlight=False).print(shown)
 
 
 def warning(text: str) -> None:
     """A warning on stderr."""
-    click.echo(click.style("warning: ", fg="yellow", bold=True) + text, err=True)
+    click.echo(styled("warning: ", fg="yellow") + text, err=True)
+
+
+def styled(text: str, *, fg: str) -> str:
+    """Bold and coloured, unless NO_COLOR (https://no-color.org) is set."""
+    return text if os.environ.get("NO_COLOR") else click.style(text, fg=fg, bold=True)
 
 
 def note(text: str) -> None:

@@ -84,8 +84,11 @@ def average(
         if not force or not dry_run:
             request = provenance.request(snapshots, row, method, bn, options)
         if not force and (done := provenance.up_to_date(path, result, request)):
+            if strict and done.warnings:
+                raise CheckFailedError(f"--strict: {done.warnings[0]}")
             return done
         check_output(path, inputs=_files(snapshots), force=force)
+        writers.plan(path, snapshots.first.signature, {})
     if dry_run:
         shown = None if path is None else str(path)
         return replace(result, output=shown, warnings=tuple(warnings))

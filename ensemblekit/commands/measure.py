@@ -3,7 +3,8 @@
 Input: snapshots, a row, a model and data. Imported only when there is a model.
 """
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from ensemblekit.commands.bn_plan import BnPlan
 from ensemblekit.commands.model_options import ModelOptions
 from ensemblekit.commands.result import Evaluation, Measured, Progress
 from ensemblekit.dtypes import narrow
-from ensemblekit.errors import IncompatibleError, NotFiniteError, listing
+from ensemblekit.errors import IncompatibleError, NotFiniteError, UsageError, listing
 from ensemblekit.predict import predict
 from ensemblekit.snapshots import SnapshotSet
 from ensemblekit.state import materialize
@@ -38,25 +39,36 @@ def measure(
     model = options.model
     if isinstance(model, str):
         model = load_model(model, options.model_args)
+    else:
+        model = copy.deepcopy(model)  # the caller's stays as it is
     model = model.to(build.device_from_name(options.device))
     runner = _Runner(model, options, progress)
     for snapshot in snapshots.snapshots if runner.splits else ():
         (arrays,), _ = materialize(SnapshotSet((snapshot,)), [mean_row(1)])
         build.load_weights(model, arrays)
         found.evaluation += runner.evaluate(snapshot.name, "own")
-    (arrays,), _ = materialize(snapshots, [row])
+    (arrays,), _ = materialize(snapshots, [row], replaced=_to_replace(plan))
     mapping = build.load_weights(model, arrays)
-    averaged = runner.evaluate("average", found.policy)
+    sound = all((arrays[key] >= 0).all() for key in arrays if key.endswith("running_var"))
+    averaged = runner.evaluate("average", found.policy) if sound else []
     found.evaluation += averaged
     if plan.recompute:
         statistics, samples, notes = _recomputed(runner, plan, arrays, mapping)
         recomputed = runner.evaluate("average", "recomputed")
         found.evaluation += recomputed
         found.warnings += notes
-        if bn != "auto" or not _worse_on_val(recomputed, averaged):
+        if bn != "auto" or not sound or not _worse_on_val(recomputed, averaged):
             found.policy, found.statistics, found.samples = "recomputed", statistics, samples
     found.warnings += _quality_warnings(found)
     return found
+
+
+def _to_replace(plan: BnPlan) -> frozenset[str]:
+    """Keys of the statistics that will be recomputed: averaged ones need not make sense."""
+    if not plan.recompute:
+        return frozenset()
+    live = [f"{name}." if name else "" for name in plan.layers if name not in plan.frozen]
+    return frozenset(p + key for p in live for key in ("running_mean", "running_var"))
 
 
 def _recomputed(
@@ -79,6 +91,11 @@ def _recomputed(
         statistics[key] = rounded
     runner.set_buffers({mapping[key]: build.to_torch(v) for key, v in statistics.items()})
     notes = list(outcome.warnings)
+    if left := sorted(_to_replace(plan) - set(statistics)):
+        notes.append(
+            f"{len(left)} running statistics belong to layers that are not torch's BatchNorm or "
+            f"InstanceNorm, and stay averaged ({listing(left, limit=3)})"
+        )
     if outcome.kept:
         notes.append(
             f"{len(outcome.kept)} BatchNorm layers have the same statistics in all snapshots: "
@@ -93,6 +110,32 @@ def _model_layer(mapping: Mapping[str, str], layer: str) -> str:
     return mapping[f"{prefix}running_mean"].removesuffix("running_mean").removesuffix(".")
 
 
+class _Data:
+    """Data that can be walked through again and again; a generator is asked for anew."""
+
+    def __init__(self, given: Any, split: str) -> None:
+        self.given = given
+        self.split = split
+        self.loaded: Any = None
+
+    def ready(self) -> Any:
+        """The data, at their beginning.
+
+        Raises:
+            UsageError: A Python caller's iterator, which would be empty the second time.
+        """
+        if not isinstance(self.given, str):
+            if isinstance(self.given, Iterator):
+                raise UsageError(
+                    f"the {self.split} data are an iterator, which can be read only once",
+                    hint="give a Dataset, a DataLoader, a list of batches or arrays",
+                )
+            return self.given
+        if self.loaded is None or isinstance(self.loaded, Iterator):
+            self.loaded = load_data(self.given, self.split)
+        return self.loaded
+
+
 class _Runner:
     """A model on its device and the data, loaded once."""
 
@@ -101,10 +144,9 @@ class _Runner:
         self.options = options
         self.progress = progress
         self.device = build.device_from_name(options.device)
+        given = {"val": options.val_data, "test": options.test_data}
         self.splits = {
-            split: self._load(data, split)
-            for split, data in (("val", options.val_data), ("test", options.test_data))
-            if data is not None
+            split: _Data(data, split) for split, data in given.items() if data is not None
         }
 
     def evaluate(self, candidate: str, batch_norm: str) -> list[Evaluation]:
@@ -116,7 +158,7 @@ class _Runner:
                 self.progress(f"evaluating {candidate} on {split}", 0, None)
             predictions = predict(
                 self.model,
-                batches(data, plan),
+                batches(data.ready(), plan),
                 device=self.device,
                 autocast=self._autocast(),
                 logits_key=self.options.logits,
@@ -138,7 +180,7 @@ class _Runner:
         options = self.options
         limit = min(options.bn_samples, options.limit or options.bn_samples)
         plan = Plan(options.batch_size, options.seed, limit, options.workers)
-        data = self._load(options.train_data, "train")
+        data = _Data(options.train_data, "train").ready()
         total = count(data, plan)
 
         def report(done: int) -> None:
@@ -159,9 +201,6 @@ class _Runner:
         buffers = dict(self.model.named_buffers())
         for key, value in values.items():
             buffers[key].copy_(value)
-
-    def _load(self, data: Any, split: str) -> Any:
-        return load_data(data, split) if isinstance(data, str) else data
 
     def _autocast(self) -> torch.dtype | None:
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.options.precision)

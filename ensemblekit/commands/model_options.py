@@ -48,10 +48,11 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         one_of(self.precision, PRECISIONS, what="precision")
-        for name in ("bn_samples", "limit", "batch_size"):
+        least = {"bn_samples": 1, "limit": 1, "batch_size": 1, "workers": 0, "seed": 0}
+        for name, bound in least.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+            if value is not None and value < bound:
+                raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least {bound}")
 
     def with_model_from(self, hints: Sequence[str | None]) -> "ModelOptions":
         """These options; without a model but with data, the model that the checkpoints name.

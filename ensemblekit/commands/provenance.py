@@ -6,6 +6,7 @@ Input: snapshots, a row, and the result so far.
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -34,8 +35,8 @@ def metadata(snapshots: SnapshotSet, result: AverageResult) -> dict[str, str]:
         "batch_norm": result.batch_norm,
     }
     found = {"ensemblekit": json.dumps(facts)}
-    if snapshots.first.ties:
-        found["tied"] = json.dumps(snapshots.first.ties)
+    if snapshots.ties:
+        found["tied"] = json.dumps(snapshots.ties)
     return found
 
 
@@ -86,6 +87,13 @@ def up_to_date(path: Path, result: AverageResult, request: dict[str, Any]) -> Av
         return None
     if earlier.get("sha256") != sha256(Source(path)):
         return None
+    try:
+        return _earlier(path, result, earlier)
+    except (KeyError, TypeError):
+        return None
+
+
+def _earlier(path: Path, result: AverageResult, earlier: dict[str, Any]) -> AverageResult:
     return replace(
         result,
         output=str(path),
@@ -99,12 +107,17 @@ def up_to_date(path: Path, result: AverageResult, request: dict[str, Any]) -> Av
 
 
 def _options_digest(options: ModelOptions) -> str:
-    """Digest of targets, of the files behind them, and of every setting."""
+    """Digest of targets, of the files behind them, and of every setting.
+
+    Python objects have no digest: what is made with them is never taken for up to date.
+    """
     from ensemblekit.targets import fingerprint
 
     parts = []
     for name, value in sorted(vars(options).items()):
-        is_target = name in ("model", "train_data", "val_data", "test_data")
-        shown = fingerprint(value) if is_target and isinstance(value, str) else repr(value)
+        if name in ("model", "train_data", "val_data", "test_data") and value is not None:
+            shown = fingerprint(value) if isinstance(value, str) else secrets.token_hex()
+        else:
+            shown = repr(value)
         parts.append(f"{name}={shown}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -269,8 +269,9 @@ def read_array(spec: TensorSpec) -> npt.NDArray[Any]:
     if spec.stride is None:
         return flat.reshape(spec.shape)
     steps = tuple(s * spec.type.itemsize for s in spec.stride)
-    view = np.lib.stride_tricks.as_strided(flat, spec.shape, steps, writeable=False)
-    return np.ascontiguousarray(view)
+    plain = flat.view(f"V{spec.type.itemsize}")  # numpy's striding does not know float8
+    view = np.lib.stride_tricks.as_strided(plain, spec.shape, steps, writeable=False)
+    return np.ascontiguousarray(view).view(spec.type.numpy)
 
 
 def storage_span(spec: TensorSpec) -> int:

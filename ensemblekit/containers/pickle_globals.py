@@ -86,6 +86,12 @@ def _tensor(_: Machine, args: tuple[Any, ...], dtype: str | None = None) -> Any:
     if sizes is None or steps is None or type(offset) is not int:
         text = f"shape {brief(shape)}, stride {brief(stride)}, offset {brief(offset)}"
         return Unusable(f"has no sound geometry: {text}", damaged=True)
+    lazily = args[6] if len(args) > 6 and isinstance(args[6], dict) else {}
+    if lazily.get("conj") or lazily.get("neg"):
+        return Unusable(
+            "is conjugated or negated lazily: its bytes are not its values",
+            "save tensor.resolve_conj().resolve_neg()",
+        )
     return checked_spec(
         dtype=dtype, shape=sizes, stride=steps, offset=offset, extent=storage.extent
     )
@@ -233,7 +239,7 @@ REBUILD: dict[tuple[str, str], Callable[[Machine, tuple[Any, ...]], Any]] = {
     **{
         (module, kind.__name__): _plain(kind)
         for module in ("builtins", "__builtin__")
-        for kind in (int, float, complex, bool, str, slice)
+        for kind in (int, float, complex, bool, str, bytes, slice)
     },
     **{
         (module, name): _members

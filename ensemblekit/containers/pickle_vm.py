@@ -134,10 +134,10 @@ class _Machine:
         return int(struct.unpack(form, self.take(struct.calcsize(form)))[0])
 
     def line(self) -> str:
-        stop = self.data.find(b"\n", self.place, self.place + 10_000)
+        stop = self.data.find(b"\n", self.place)
         if stop < 0:
             raise self.too_early("a text line has no end")
-        return self.take(stop + 1 - self.place)[:-1].decode("utf-8", "surrogateescape")
+        return self.take(stop + 1 - self.place)[:-1].decode("latin1")
 
     # --- stack and memo
 
@@ -194,6 +194,7 @@ class _Machine:
             args = tuple(args) if isinstance(args, list) else (args,)
         self.refuse_if_hostile(function, args, new=new)
         if isinstance(function, Inert):
+            self.refuse_hidden_call(function)
             return Inert(function.cls, args)
         if not isinstance(function, Global):
             raise self.damaged(f"it calls a {type(function).__name__}")
@@ -214,15 +215,25 @@ class _Machine:
         if isinstance(function, Global):
             verdict = suspects.verdict(function.module, function.name, args, instance_only=new)
         if verdict is None:
-            smuggled = next((a for a in suspects.flat(args) if isinstance(a, Global)), None)
-            if smuggled and suspects.verdict(smuggled.module, smuggled.name, ()):
-                verdict = f"{smuggled} handed to {function if new else _call_name(function)}"
+            for smuggled in (a for a in suspects.flat(args) if isinstance(a, Global)):
+                fetcher = smuggled.name == "getattr"
+                if fetcher or suspects.verdict(smuggled.module, smuggled.name, ()):
+                    verdict = f"{smuggled} handed to {_call_name(function)}"
         if verdict is not None:
-            raise HostileError(
-                f"{self.where}: hostile pickle: it would call {verdict}. Nothing of it was run",
-                hint="do not open this file with torch.load or pickle; ask where it came from, "
-                "and leave it out with --exclude",
-            )
+            raise self.hostile(verdict)
+
+    def hostile(self, call: str) -> HostileError:
+        return HostileError(
+            f"{self.where}: hostile pickle: it would call {call}. Nothing of it was run",
+            hint="do not open this file with torch.load or pickle; ask where it came from, "
+            "and leave it out with --exclude",
+        )
+
+    def refuse_hidden_call(self, function: Inert) -> None:
+        """`getattr` may have fetched anything; methods of classes are data's own."""
+        fetched = function.cls in ("builtins.getattr", "__builtin__.getattr")
+        if fetched and not (function.args and suspects.is_attribute_of_a_class(function.args[0])):
+            raise self.hostile(f"getattr{brief_args(function.args)}")
 
     def refuse_hooks(self, target: Inert, *names: str) -> None:
         """Methods that pickle would call may have been replaced by attributes set before."""
@@ -379,8 +390,12 @@ def _pop_mark(m: _Machine) -> None:
 
 
 def _global_lines(m: _Machine) -> None:
-    module = m.line()
-    m.find_global(module, m.line())
+    module = _name(m.line())
+    m.find_global(module, _name(m.line()))
+
+
+def _name(line: str) -> str:
+    return line.encode("latin1").decode("utf-8", "surrogateescape")
 
 
 def _stack_global(m: _Machine) -> None:
@@ -405,8 +420,8 @@ def _newobj_ex(m: _Machine) -> None:
 
 
 def _inst(m: _Machine) -> None:
-    module = m.line()
-    m.find_global(module, m.line())
+    module = _name(m.line())
+    m.find_global(module, _name(m.line()))
     cls = m.pop()
     m.push(m.call(cls, tuple(m.pop_to_mark())))
 
@@ -464,9 +479,7 @@ _OPCODES: dict[int, _Step] = {
     0x8B: _counted("<i", _signed),
     # texts and bytes
     ord("S"): _text(_quoted),
-    ord("V"): _text(
-        lambda t: t.encode("latin1", "replace").decode("raw_unicode_escape", "replace")
-    ),
+    ord("V"): _text(lambda t: t.encode("latin1").decode("raw_unicode_escape", "replace")),
     ord("T"): _counted("<i", _latin),
     ord("U"): _counted("<B", _latin),
     ord("X"): _counted("<I", _unicode),

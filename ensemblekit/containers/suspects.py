@@ -5,6 +5,7 @@ because a file that carries one is not a file to build a product on. The standar
 judged by what is allowed: beyond these modules and names a checkpoint has nothing to call in it.
 """
 
+import _compat_pickle
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -13,9 +14,9 @@ from typing import Any
 _DATA_MODULES = {
     "argparse",
     "array",
+    "cmath",
     "collections",
     "copyreg",
-    "copy_reg",
     "dataclasses",
     "datetime",
     "decimal",
@@ -25,6 +26,7 @@ _DATA_MODULES = {
     "ipaddress",
     "itertools",
     "logging",
+    "math",
     "numbers",
     "pathlib",
     "queue",
@@ -50,10 +52,24 @@ _DATA_NAMES = {
     ("types", "GenericAlias"),
     ("operator", "itemgetter"),
     ("_operator", "itemgetter"),
+    ("operator", "getitem"),
+    ("_operator", "getitem"),
+    ("types", "UnionType"),
+    ("io", "BytesIO"),
+    ("_io", "BytesIO"),
+    ("io", "StringIO"),
+    ("_io", "StringIO"),
+    ("zoneinfo", "ZoneInfo._unpickle"),
     ("threading", "Event"),
     ("inspect", "Signature"),
     ("inspect", "Parameter"),
     ("inspect", "_ParameterKind"),
+}
+# Functions in data modules that objects of theirs are pickled with.
+_REBUILDERS = {"_reconstructor", "_array_reconstructor", "_compile", "_unpickle", "_make"}
+_REACHING = {
+    *("basicConfig", "shutdown", "sleep", "system", "popen", "reduce", "getnode", "FileType"),
+    *("FileHandler", "get_type_hints", "NamedTemporaryFile", "SystemRandom"),
 }
 _BUILTINS = {
     *("bool", "bytearray", "bytes", "complex", "dict", "enumerate", "filter", "float"),
@@ -127,25 +143,32 @@ def verdict(
         args: What it would be called with.
         instance_only: The opcode makes an instance without calling `__init__`.
     """
+    module, name = _today(module, name)
     full = f"{module}.{name}"
+    if (module, name) in _DATA_NAMES or module == "numpy.random._pickle":
+        return None
     if any(part.startswith("__") and part != "__main__" for part in name.split(".")):
-        return full if name != "__newobj__" or module not in ("copyreg", "copy_reg") else None
+        return full if name != "__newobj__" or module != "copyreg" else None
     if any(_is_powerful(part) for part in name.split(".")[:-1]):
         return full  # a module reached through another one's imports, as in torch: os.system
-    if module in ("builtins", "__builtin__", "__builtins__"):
+    if module in ("builtins", "__builtins__"):
         return _builtin(full, name, args)
-    top = module.partition(".")[0]
-    if module in _LOADERS and name.partition(".")[0] in _LOADERS[module]:
+    if any(full == f"{m}.{n}" for m, names in _LOADERS.items() for n in names):
         return full
-    if any(module == m or module.startswith(m + ".") for m in _LOADER_MODULES):
+    if any(full.startswith(m + ".") for m in _LOADER_MODULES):
         return full
-    if top in _DATA_MODULES:
+    if module in _DATA_MODULES:
         return _in_data_module(full, name)
-    if not _is_powerful(top):
+    top = module.partition(".")[0]
+    if not _is_powerful(top) and top not in _DATA_MODULES:
         return None
-    if (module, name) in _DATA_NAMES or (instance_only and _is_error(name)):
-        return None
-    return full
+    return None if instance_only and _is_error(name) else full
+
+
+def is_attribute_of_a_class(value: Any) -> bool:
+    """Whether `getattr` on this global can only give a method: the name is a class's."""
+    module, name = getattr(value, "module", ""), getattr(value, "name", "")
+    return name.rpartition(".")[2][:1].isupper() and module not in ("pathlib", "io", "_io")
 
 
 def flat(args: tuple[Any, ...]) -> Iterator[Any]:
@@ -169,8 +192,15 @@ def _builtin(full: str, name: str, args: tuple[Any, ...]) -> str | None:
 
 def _in_data_module(full: str, name: str) -> str | None:
     """Data modules have a few functions and methods that reach out of the data."""
-    reaching = {"FileHandler", "basicConfig", "shutdown", "sleep", "system", "popen", "reduce"}
-    return full if name in reaching or "." in name else None
+    private = name.startswith("_") and name[1:2].islower() and name not in _REBUILDERS
+    return full if name in _REACHING or "." in name or private else None
+
+
+def _today(module: str, name: str) -> tuple[str, str]:
+    """The name that Python 3 has for a global of Python 2."""
+    if (module, name) in _compat_pickle.NAME_MAPPING:
+        return _compat_pickle.NAME_MAPPING[module, name]
+    return _compat_pickle.IMPORT_MAPPING.get(module, module), name
 
 
 def _is_powerful(module: str) -> bool:

@@ -89,14 +89,17 @@ def own_keys(keys: list[str]) -> dict[str, str]:
     >>> own_keys(["module._orig_mod.fc.weight", "module._orig_mod.fc.bias"])
     {'module._orig_mod.fc.weight': 'fc.weight', 'module._orig_mod.fc.bias': 'fc.bias'}
     """
-    kept = keys
-    if "n_averaged" in keys and all(k == "n_averaged" or k.startswith("module.") for k in keys):
-        kept = [key for key in keys if key != "n_averaged"]
-    parts = {key: key.split(".") for key in kept}
-    while parts and all(len(p) > 1 and p[0] in _WRAPPERS for p in parts.values()):
-        parts = {key: p[1:] for key, p in parts.items()}
+    parts = {key: key.split(".") for key in keys}
+    while parts:
+        counters = [key for key, p in parts.items() if p == ["n_averaged"]]
+        rest = {key: p for key, p in parts.items() if key not in counters}
+        if counters and not all(p[0] == "module" for p in rest.values()):
+            break
+        if not rest or not all(len(p) > 1 and p[0] in _WRAPPERS for p in rest.values()):
+            break
+        parts = {key: p[1:] for key, p in rest.items()}
     own = {key: ".".join(q for q in p if q not in _ALWAYS) for key, p in parts.items()}
-    return own if len(set(own.values())) == len(own) else {key: key for key in kept}
+    return own if len(set(own.values())) == len(own) else {key: key for key in parts}
 
 
 def ties_in(tensors: Mapping[str, TensorSpec | Unusable]) -> tuple[tuple[str, ...], ...]:

@@ -14,11 +14,6 @@ _MODEL_KEYS = (
     *("model", "state_dict", "model_state_dict", "model_state", "net", "network", "module"),
     *("weights", "params"),
 )
-_EMA_KEYS = (
-    *("ema", "model_ema", "ema_model", "ema_state_dict", "state_dict_ema", "ema_model_state_dict"),
-    *("model_ema_state_dict", "ema_params", "ema_weights", "averaged_model"),
-)
-_SWA_KEYS = ("swa", "swa_model", "swa_state_dict", "model_swa", "swa_model_state_dict")
 _NOT_WEIGHTS = ("optim", "sched", "scaler", "rng", "random", "loss", "criterion", "callbacks")
 
 
@@ -54,7 +49,9 @@ def _holders(root: dict[Any, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _role(key: str) -> Role:
-    for keys, role in ((_MODEL_KEYS, "model"), (_EMA_KEYS, "ema"), (_SWA_KEYS, "swa")):
-        if key in keys:
-            return role  # type: ignore[return-value]
-    return "other"
+    words = key.lower().split("_")
+    if "ema" in words or key in ("averaged_model", "model_averaged"):
+        return "ema"
+    if "swa" in words:
+        return "swa"
+    return "model" if key in _MODEL_KEYS else "other"

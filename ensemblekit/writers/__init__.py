@@ -57,6 +57,12 @@ def check_format(path: Path) -> None:
         )
 
 
+def plan(path: Path, signature: Signature, metadata: Mapping[str, str]) -> Layout:
+    """Where everything would go in the output; raises where the format cannot hold it."""
+    made: Layout = import_module(WRITERS[path.suffix]).layout(signature, metadata)
+    return made
+
+
 def manifest_path(path: Path) -> Path:
     """Where the manifest of an output stands."""
     return path.with_name(path.name + ".json")
@@ -66,7 +72,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     """The manifest of the output at `path`, None where there is none of ours."""
     try:
         value = json.loads(manifest_path(path).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) and _MARK in value else None
 
@@ -117,14 +123,31 @@ def save(
         note.seal().close()
         with locked_folder(path.parent):
             check_output(path, inputs=inputs, force=force)
+            check_output(note_path, inputs=inputs, force=True)
             if note_path.exists() and read_manifest(path) is None and not force:
                 raise UsageError(
                     f"{note_path} exists and is no manifest of ours", hint="use --force"
                 )
             # the manifest first: if we are stopped in between, the old output is still there
-            note.rename()
-            file.rename()
+            earlier = note_path.read_bytes() if note_path.exists() else None
+            try:
+                note.rename()
+                file.rename()
+            except BaseException:
+                if not file.temporary.exists():  # both are in place
+                    raise
+                _put_back(note_path, earlier)
+                raise
     return digest
+
+
+def _put_back(path: Path, earlier: bytes | None) -> None:
+    if earlier is None:
+        path.unlink(missing_ok=True)
+        return
+    with AtomicFile(path) as file:
+        file.write_at(earlier, 0)
+        file.rename()
 
 
 def _read_back(source: Source, layout: Layout, checksums: Mapping[str, int]) -> str:
