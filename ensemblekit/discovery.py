@@ -29,6 +29,12 @@ from ensemblekit.schedule import high_rate_warning
 from ensemblekit.selection import Selection, select
 from ensemblekit.snapshots import Skipped, Snapshot, SnapshotSet, check_same_signature
 
+_ORDER_KEYS: list[tuple[str, Callable[[Snapshot], Any]]] = [
+    ("step", lambda s: s.facts.step),
+    ("epoch", lambda s: s.facts.epoch),
+    ("number", lambda s: s.numbers or None),
+]
+
 
 @dataclass(frozen=True)
 class Examination:
@@ -177,12 +183,7 @@ def in_order(snapshots: Iterable[Snapshot]) -> tuple[list[Snapshot], str]:
     by their modification time.
     """
     items = list(snapshots)
-    keys: list[tuple[str, Callable[[Snapshot], Any]]] = [
-        ("step", lambda s: s.facts.step),
-        ("epoch", lambda s: s.facts.epoch),
-        ("number", lambda s: s.numbers or None),
-    ]
-    for name, key in keys:
+    for name, key in _ORDER_KEYS:
         values = [key(s) for s in items]
         if items and None not in values and (len(set(values)) > 1 or len(items) == 1):
             return _sorted(items, key), name
@@ -229,11 +230,20 @@ def _without_repeats(snapshots: list[Snapshot]) -> tuple[list[Snapshot], list[Sk
         stated = [s for s in kept if s.is_average]
         skipped += [Skipped(s.name, "is an average already, says the file", s) for s in stated]
         kept = [s for s in kept if s not in stated]
-    for snapshot, members in duplicates.means_of_others(kept):
+    for snapshot, members in duplicates.means_of_others(kept, _made_after):
         kept = [s for s in kept if s is not snapshot]
         names = listing([m.name for m in members], limit=3)
         skipped.append(Skipped(snapshot.name, f"equals the mean of {names}", snapshot))
     return kept, skipped
+
+
+def _made_after(average: Snapshot, members: list[Snapshot]) -> bool:
+    """Whether an average may have been made of the members: not if it was saved between them."""
+    for _, key in _ORDER_KEYS:
+        own, places = key(average), [key(member) for member in members]
+        if own is not None and None not in places:
+            return not bool(min(places) < own < max(places))
+    return True
 
 
 def _several_runs(snapshots: list[Snapshot]) -> EnsembleKitError | None:
@@ -260,11 +270,11 @@ def _several_variants(snapshots: list[Snapshot]) -> EnsembleKitError | None:
     if len(by_role) < 2:
         return None
     first, second, *_ = by_role.values()
+    common = set.intersection(*(set(s.available) for s in snapshots))
     return IncompatibleError(
         f"{first.path} would give its '{first.variant}' ({first.role}), {second.path} its "
         f"'{second.variant}' ({second.role}); an average must not mix them",
-        hint="choose one kind with --weights model or --weights ema, or leave files out with "
-        "--exclude",
+        hint=f"--weights {sorted(common)[0]}" if common else "leave one kind out with --exclude",
     )
 
 

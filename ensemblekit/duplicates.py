@@ -5,6 +5,7 @@ Input: snapshots. Samples first; whole tensors are read only where the samples a
 
 import hashlib
 from collections import defaultdict
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -45,8 +46,16 @@ def content_digest(snapshot: Snapshot) -> str:
     return digest.hexdigest()
 
 
-def means_of_others(snapshots: list[Snapshot]) -> list[tuple[Snapshot, list[Snapshot]]]:
+def means_of_others(
+    snapshots: list[Snapshot],
+    plausible: Callable[[Snapshot, list[Snapshot]], bool] = lambda _average, _members: True,
+) -> list[tuple[Snapshot, list[Snapshot]]]:
     """Snapshots that equal the mean of at least two others, to 1e-6 of the largest value.
+
+    Args:
+        snapshots: To look through.
+        plausible: Whether the first could have been made from the others; equality may be chance
+            where weights move along a line.
 
     If one snapshot is a mean of others, the snapshots' values are linearly dependent. So one
     least-squares problem on sampled values finds the coefficients, whatever the subset is.
@@ -54,7 +63,7 @@ def means_of_others(snapshots: list[Snapshot]) -> list[tuple[Snapshot, list[Snap
     found: list[tuple[Snapshot, list[Snapshot]]] = []
     rest = list(snapshots)
     while len(rest) > 2:
-        hit = _one_mean(rest)
+        hit = _one_mean(rest, plausible)
         if hit is None:
             break
         found.append(hit)
@@ -62,7 +71,9 @@ def means_of_others(snapshots: list[Snapshot]) -> list[tuple[Snapshot, list[Snap
     return found
 
 
-def _one_mean(snapshots: list[Snapshot]) -> tuple[Snapshot, list[Snapshot]] | None:
+def _one_mean(
+    snapshots: list[Snapshot], plausible: Callable[[Snapshot, list[Snapshot]], bool]
+) -> tuple[Snapshot, list[Snapshot]] | None:
     values_SK = _sampled_values(snapshots)
     values_SK = values_SK[np.isfinite(values_SK).all(axis=1)]  # NaN is `state`'s to report
     scale = np.abs(values_SK).max(initial=0.0)
@@ -84,8 +95,10 @@ def _one_mean(snapshots: list[Snapshot]) -> tuple[Snapshot, list[Snapshot]] | No
             continue
         off = np.abs(values_SK[:, members].mean(axis=1) - values_SK[:, k]).max()
         spread = np.abs(values_SK[:, members] - values_SK[:, [k]]).max()
-        if off <= _MEAN_TOLERANCE * scale and spread > 100 * off:
-            return snapshot, [snapshots[j] for j in members]
+        others_found = [snapshots[j] for j in members]
+        equal = off <= _MEAN_TOLERANCE * scale and spread > 100 * off
+        if equal and plausible(snapshot, others_found):
+            return snapshot, others_found
     return None
 
 

@@ -99,7 +99,8 @@ def as_torch(array: Array) -> Any:
     import torch
 
     views = {ml_dtypes.bfloat16: np.int16, ml_dtypes.float8_e4m3fn: np.uint8}
-    views[ml_dtypes.float8_e5m2] = np.uint8
+    for small in ("float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"):
+        views[getattr(ml_dtypes, small)] = np.uint8
     view = views.get(array.dtype.type)
     if view is None:
         return torch.from_numpy(array.copy())

@@ -148,8 +148,8 @@ def test_ties_are_broken_by_content(run: Path) -> None:
     assert order(run, "abcd") == order(run.parent / "other", "dcab")
 
 
-def test_bug_order_despite_a_copy_without_a_number(run: Path) -> None:
-    """BUG: `last.pt` counts once, but has already spoiled the order by numbers."""
+def test_order_despite_a_copy_without_a_number(run: Path) -> None:
+    """`last.pt` counts once, but has already spoiled the order by numbers."""
     for i in (9, 10):
         save(state(i), run / f"net-{i}.pt")
     shutil.copy(run / "net-10.pt", run / "last.pt")
@@ -157,8 +157,8 @@ def test_bug_order_despite_a_copy_without_a_number(run: Path) -> None:
     assert (found.ordered_by, names(found)) == ("number", ["net-9.pt", "net-10.pt"])
 
 
-def test_bug_order_despite_a_mean_without_a_number(run: Path) -> None:
-    """BUG: likewise for a file that is skipped as the mean of the others."""
+def test_order_despite_a_mean_without_a_number(run: Path) -> None:
+    """Likewise for a file that is skipped as the mean of the others."""
     for i in (8, 9, 10):
         save(state(i), run / f"net-{i}.pt")
     save(mean([state(i) for i in (8, 9, 10)]), run / "swa.pt")
@@ -167,8 +167,8 @@ def test_bug_order_despite_a_mean_without_a_number(run: Path) -> None:
     assert names(found) == ["net-8.pt", "net-9.pt", "net-10.pt"]
 
 
-def test_bug_number_of_the_folder_for_one_file_only(tmp_path: Path) -> None:
-    """BUG: `best.pt` in `run7/` is taken for number 7, between the sixth and the eighth."""
+def test_number_of_the_folder_for_one_file_only(tmp_path: Path) -> None:
+    """`best.pt` in `run7/` is taken for number 7, between the sixth and the eighth."""
     for i in (6, 8):
         save(state(i), tmp_path / "run7" / f"net-{i}.pt")
     save(state(99), tmp_path / "run7" / "best.pt")
@@ -201,8 +201,8 @@ def test_second_name(run: Path, make: Callable[[Path, Path], None], name: str) -
     assert reasons(found) == {name: "same weights as net-3.pt"}
 
 
-def test_bug_weights_alone_beside_the_whole_checkpoint(run: Path) -> None:
-    """BUG: one of two names of the same weights states no step, so no step counts."""
+def test_weights_alone_beside_the_whole_checkpoint(run: Path) -> None:
+    """One of two names of the same weights states no step, so no step counts."""
     for i in (1, 2, 3):
         save(with_step(i), run / f"net-{i}.pt")
     safetensors.torch.save_file(state(3), run / "export.safetensors")
@@ -292,8 +292,8 @@ def test_run_beside_loose_files(run: Path) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["run{}", "seed_{}", "version_{}", "2024-01-0{}", "fold{}"])
-def test_bug_runs_with_numbers_in_their_names(run: Path, pattern: str) -> None:
-    """BUG: folders with several snapshots each are runs, numbered or not."""
+def test_runs_with_numbers_in_their_names(run: Path, pattern: str) -> None:
+    """Folders with several snapshots each are runs, numbered or not."""
     fill(run / pattern.format(1), 1, 2, seed=0)
     fill(run / pattern.format(2), 1, 2, seed=1)
     with pytest.raises(InputError, match="holds several runs"):
@@ -371,8 +371,8 @@ MIXED: dict[str, list[Any]] = {
 
 
 @pytest.mark.parametrize("name", MIXED)
-def test_bug_moving_averages_and_raw_weights_are_not_mixed(run: Path, name: str) -> None:
-    """BUG (those that fail): names are compared, not what the weights are."""
+def test_moving_averages_and_raw_weights_are_not_mixed(run: Path, name: str) -> None:
+    """Names are compared, not what the weights are."""
     for i, value in enumerate(MIXED[name]):
         save(value, run / f"net-{i}.pt")
     with pytest.raises(IncompatibleError, match="must not mix"):

@@ -123,7 +123,7 @@ def near_ties(draw: st.DrawFn, name: str) -> float:
 
 @pytest.mark.parametrize("name", NARROW)
 def test_nearest_even_beside_ties(name: str) -> None:
-    """BUG (float8_e5m2): see test_bug_one_step_where_two_would_err."""
+    """See test_one_step_where_two_would_err."""
 
     @settings(max_examples=250, deadline=None)
     @given(near_ties(name))
@@ -187,8 +187,8 @@ def test_shapes_stay(name: str, shape: tuple[int, ...]) -> None:
     "name, unit", [("bfloat16", 2.0**-7), ("float8_e4m3fn", 2.0**-3), ("float8_e5m2", 0.25)]
 )
 @pytest.mark.parametrize("hair", [2.0**-20, 2.0**-40])
-def test_bug_one_step_where_two_would_err(name: str, unit: float, hair: float) -> None:
-    """BUG (float8_e5m2): its numpy kind is "f" too, so it takes the way of numpy's own types."""
+def test_one_step_where_two_would_err(name: str, unit: float, hair: float) -> None:
+    """Its numpy kind is "f" too, so it takes the way of numpy's own types."""
     dtype = DTYPES[name].numpy
     assert float(narrow(np.array([1 + unit / 2 + hair]), dtype)[0]) == 1 + unit
     assert float(narrow(np.array([1 + 3 * unit / 2 - hair]), dtype)[0]) == 1 + unit

@@ -72,8 +72,8 @@ def test_same_weights(tmp_path: Path, write: Callable[[State, Path], Path]) -> N
     assert content_digest(one) == content_digest(other) != content_digest(third)
 
 
-def test_bug_same_weights_in_another_memory_format(tmp_path: Path) -> None:
-    """BUG: the first look leaves strided tensors out, so the two seem to differ."""
+def test_same_weights_in_another_memory_format(tmp_path: Path) -> None:
+    """The first look leaves strided tensors out, so the two seem to differ."""
     one, other = read(save(state(1), tmp_path / "a.pt")), read(transposed(state(1), tmp_path / "b"))
     assert content_digest(one) == content_digest(other)
     assert same_weights([one, other]) == [[one, other]]
@@ -169,8 +169,8 @@ def test_two_means(tmp_path: Path, sets: tuple[list[int], list[int]]) -> None:
     assert sorted(index for index, _ in found) == [5, 6]
 
 
-def test_bug_mean_of_a_very_small_network(tmp_path: Path) -> None:
-    """BUG: fewer than four values for each snapshot are not looked at."""
+def test_mean_of_a_very_small_network(tmp_path: Path) -> None:
+    """Fewer than four values for each snapshot are not looked at."""
     states = [{"w": torch.randn(9), "b": torch.randn(3)} for _ in range(4)]
     assert found_means(tmp_path, [*states, mean(states)]) == [(4, [0, 1, 2, 3])]
 

@@ -147,8 +147,8 @@ def test_old_file_is_read_to_its_end(path: Path, change: Callable[[Path], None])
     assert source.read(0, 4096) == DATA
 
 
-def test_bug_replaced_while_open(path: Path) -> None:
-    """BUG: `check_unchanged` promises to notice when "the path is another file now"."""
+def test_replaced_while_open(path: Path) -> None:
+    """`check_unchanged` promises to notice when "the path is another file now"."""
     source = Source(path)
     replace(path)
     with pytest.raises(DamagedError, match="changed while it was being read"):
@@ -284,10 +284,8 @@ def test_closing_twice(path: Path) -> None:
     assert source.read(0, 4) == DATA[:4]
 
 
-def test_bug_closing_while_another_thread_reads(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """BUG: `close` frees a descriptor that is in use; the number may be another file's by then."""
+def test_closing_while_another_thread_reads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`close` frees a descriptor that is in use; the number may be another file's by then."""
     path.with_name("other").write_bytes(b"?" * len(DATA))
     source = Source(path)
     plain = os.preadv

@@ -126,8 +126,8 @@ def test_steps_may_be_epochs_or_numbers() -> None:
     assert [s.numbers for s in found] == [(9,), (10,)]
 
 
-def test_bug_position_among_several_numbers() -> None:
-    """BUG: names `net-9-of-20` are ordered by 9, but `--from-step` looks at 20."""
+def test_position_among_several_numbers() -> None:
+    """Names `net-9-of-20` are ordered by 9, but `--from-step` looks at 20."""
     items = [snapshot(numbers=[i, 20]) for i in (8, 9, 10)]
     found, _ = select(items, Selection(from_step=9, to_step=10), "number")
     assert [s.numbers[0] for s in found] == [9, 10]

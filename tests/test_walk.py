@@ -163,8 +163,8 @@ def deep(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("make", [hidden, linked, deep], ids=["hidden", "linked", "deep"])
-def test_bug_folders_are_dropped_without_a_word(folder: Path, make: Callable[[Path], str]) -> None:
-    """BUG: hidden, linked and very deep folders are neither searched nor noted."""
+def test_folders_are_dropped_without_a_word(folder: Path, make: Callable[[Path], str]) -> None:
+    """Hidden, linked and very deep folders are neither searched nor noted."""
     start = make(folder)
     found, passed = places([folder])
     seen = [place.name for place in found] + [item.name for item in passed]

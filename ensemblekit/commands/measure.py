@@ -198,7 +198,7 @@ class _Runner:
 
     def set_buffers(self, values: Mapping[str, Any]) -> None:
         """Copy values into the model's buffers."""
-        buffers = dict(self.model.named_buffers())
+        buffers = dict(self.model.named_buffers(remove_duplicate=False))
         for key, value in values.items():
             buffers[key].copy_(value)
 

@@ -233,7 +233,8 @@ REBUILD: dict[tuple[str, str], Callable[[Machine, tuple[Any, ...]], Any]] = {
         for module in ("numpy.core.multiarray", "numpy._core.multiarray")
     },
     **{
-        ("pathlib", name): _path
+        (module, name): _path
+        for module in ("pathlib", "pathlib._local")
         for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
     },
     **{

@@ -29,6 +29,7 @@ _DATA_MODULES = {
     "math",
     "numbers",
     "pathlib",
+    "pathlib._local",
     "queue",
     "random",
     "_random",
@@ -75,7 +76,8 @@ _BUILTINS = {
     *("bool", "bytearray", "bytes", "complex", "dict", "enumerate", "filter", "float"),
     *("frozenset", "int", "iter", "list", "map", "max", "min", "object", "property", "range"),
     *("reversed", "set", "slice", "staticmethod", "classmethod", "str", "super", "tuple"),
-    *("type", "zip", "sorted", "len", "sum", "abs", "round", "print"),
+    *("type", "zip", "sorted", "len", "sum", "abs", "round", "print", "Ellipsis"),
+    "NotImplemented",
 }
 # Outside of the standard library: loaders that run what they load, shells, compilers.
 _LOADERS = {
@@ -143,9 +145,16 @@ def verdict(
         args: What it would be called with.
         instance_only: The opcode makes an instance without calling `__init__`.
     """
-    module, name = _today(module, name)
+    current_module, current_name = _today(module, name)
+    found = _verdict(current_module, current_name, args, instance_only=instance_only)
+    if found is None:
+        return None
+    return found.replace(f"{current_module}.{current_name}", f"{module}.{name}")
+
+
+def _verdict(module: str, name: str, args: tuple[Any, ...], *, instance_only: bool) -> str | None:
     full = f"{module}.{name}"
-    if (module, name) in _DATA_NAMES or module == "numpy.random._pickle":
+    if (module, name) in _DATA_NAMES or module.startswith("numpy.random."):
         return None
     if any(part.startswith("__") and part != "__main__" for part in name.split(".")):
         return full if name != "__newobj__" or module != "copyreg" else None

@@ -88,27 +88,27 @@ def test_plain_values_of_the_oldest_protocols(value: Any, protocol: int) -> None
     "text", ["é", "Ã©", "\x80\xff", "日本", "\\", "\n\r", "\U0001f600", "\x1a"]
 )
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_bug_texts_beyond_ascii(text: str, protocol: int) -> None:
-    """BUG (protocol 0): a line holds latin-1 bytes; it is decoded as UTF-8 first."""
+def test_texts_beyond_ascii(text: str, protocol: int) -> None:
+    """A line holds latin-1 bytes; it is decoded as UTF-8 first."""
     assert load(pickle.dumps({text: text}, protocol)) == {text: text}
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_bug_empty_bytes(protocol: int) -> None:
-    """BUG (protocols 0 to 2): `bytes()` is a call of `__builtin__.bytes`, which stays inert."""
+def test_empty_bytes(protocol: int) -> None:
+    """Protocols 0 to 2: `bytes()` is a call of `__builtin__.bytes`, which stays inert."""
     assert load(pickle.dumps(b"", protocol)) == b""
 
 
 @pytest.mark.parametrize("protocol", [0, 1])
-def test_bug_bytes_of_the_oldest_protocols(protocol: int) -> None:
-    """BUG (protocol 0): bytes are latin-1 text, and so have the fault of texts."""
+def test_bytes_of_the_oldest_protocols(protocol: int) -> None:
+    """Bytes are latin-1 text, and so have the fault of texts."""
     value = {"bytes": bytes(range(1, 256)), "metric": np.float64(0.3), "count": np.int64(-7)}
     assert load(pickle.dumps(value, protocol)) == value
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_bug_long_texts(protocol: int) -> None:
-    """BUG (protocol 0): a log or a config of more than 10,000 characters is one line."""
+def test_long_texts(protocol: int) -> None:
+    """A log or a config of more than 10,000 characters is one line."""
     value = {"log": "x" * 30_000, "blob": b"y" * 70_000 if protocol > 2 else None}
     assert load(pickle.dumps(value, protocol)) == value
 

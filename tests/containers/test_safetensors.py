@@ -37,8 +37,8 @@ def test_dtype(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", safetensors.torch._TYPES.values(), ids=str)
-def test_bug_every_dtype_that_the_library_writes(dtype: torch.dtype, tmp_path: Path) -> None:
-    """BUG (two kinds of float8): since 0.6 the format has F8_E4M3FNUZ and F8_E5M2FNUZ."""
+def test_every_dtype_that_the_library_writes(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Since 0.6 the format has F8_E4M3FNUZ and F8_E5M2FNUZ."""
     tensors = {"w": any_tensor(dtype, 5)}
     safetensors.torch.save_file(tensors, tmp_path / "file.safetensors")
     assert_same_tensors(tree_of(tmp_path / "file.safetensors").root, tensors)

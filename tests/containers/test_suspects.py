@@ -148,8 +148,8 @@ def test_benign(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MISTAKEN)
-def test_bug_mistaken_for_hostile(name: str) -> None:
-    """BUG (those that fail): a file with such a value is refused as hostile."""
+def test_mistaken_for_hostile(name: str) -> None:
+    """A file with such a value is refused as hostile."""
     for protocol in range(2, 6):
         load(pickle.dumps({"extra": MISTAKEN[name]()}, protocol))
 
@@ -301,20 +301,20 @@ def test_hostile(full: str) -> None:
 
 
 @pytest.mark.parametrize("full", IN_DATA_MODULES)
-def test_bug_powers_of_data_modules(full: str) -> None:
-    """BUG (those that fail): a data module's private or reaching parts pass for data."""
+def test_powers_of_data_modules(full: str) -> None:
+    """A data module's private or reaching parts pass for data."""
     assert_refused(full)
 
 
 @pytest.mark.parametrize("full", DOTTED)
-def test_bug_dotted_names(full: str) -> None:
-    """BUG: the tables of loaders look at the module alone, not at `module.name`."""
+def test_dotted_names(full: str) -> None:
+    """The tables of loaders look at the module alone, not at `module.name`."""
     assert_refused(full)
 
 
 @pytest.mark.parametrize("full", OLD_NAMES)
-def test_bug_names_of_python_2(full: str) -> None:
-    """BUG (those that fail): `_compat_pickle` maps these to what they are today."""
+def test_names_of_python_2(full: str) -> None:
+    """`_compat_pickle` maps these to what they are today."""
     assert_refused(full)
 
 
@@ -356,8 +356,8 @@ CHAINS: dict[str, Code] = {
 
 
 @pytest.mark.parametrize("name", CHAINS)
-def test_bug_module_reached_through_an_attribute(name: str) -> None:
-    """BUG: `getattr(torch.os, "system")("...")` passes for a bound method and is not refused."""
+def test_module_reached_through_an_attribute(name: str) -> None:
+    """`getattr(torch.os, "system")("...")` passes for a bound method and is not refused."""
     with pytest.raises(HostileError, match=r"getattr|os"):
         load(pickled([CHAINS[name]]))
 

@@ -65,8 +65,8 @@ def test_own_keys(name: str) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module."])
-def test_bug_averaged_model_inside_of_a_wrapper(prefix: str) -> None:
-    """BUG: the counter is looked for before the wrappers are off."""
+def test_averaged_model_inside_of_a_wrapper(prefix: str) -> None:
+    """The counter is looked for before the wrappers are off."""
     assert list(own_keys([f"{prefix}n_averaged", f"{prefix}module.fc.w"]).values()) == ["fc.w"]
 
 

@@ -80,8 +80,8 @@ def test_moving_average_with_facts_of_its_own(inner: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("key", ["params_ema", "ema_net", "model_averaged", "netG_ema"])
-def test_bug_other_names_of_moving_averages(key: str, tmp_path: Path) -> None:
-    """BUG: with a known key beside it, other weights are dropped without a word."""
+def test_other_names_of_moving_averages(key: str, tmp_path: Path) -> None:
+    """With a known key beside it, other weights are dropped without a word."""
     found = reading_of(save({"params": state(1), key: state(2)}, tmp_path / "file.pt")).weights
     assert key in found
 
