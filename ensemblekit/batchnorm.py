@@ -21,6 +21,8 @@ from ensemblekit.errors import InputError, NotFiniteError
 
 Progress = Callable[[int], None]
 
+_CHUNK = 1 << 18  # values that are widened at a time: they stay in the cache
+
 
 @dataclass(frozen=True)
 class Recomputed:
@@ -189,11 +191,21 @@ def _statistics(name: str, layer: nn.Module, x: torch.Tensor) -> _Pool:
             f"layer '{name}' sees a single value a channel: a batch of one sample has no variance",
             hint="use a larger batch size, or data whose last batch is larger",
         )
-    mean_C = x.mean(dims, dtype=exact)
-    centred = x.to(exact) - mean_C.view(1, -1, *[1] * (x.ndim - 2))
-    deviations_C = centred.square_().sum(dims)
-    _check_finite(name, mean_C, deviations_C)
-    return _Pool(float(count), mean_C, deviations_C)
+    per_sample = max(x.numel() // max(len(x), 1), 1)
+    parts = torch.split(x, max(1, _CHUNK // per_sample))
+    pool, *others = (_moments(part.to(exact, copy=True), dims) for part in parts)
+    for other in others:
+        pool.add(other)
+    _check_finite(name, pool.mean_C, pool.deviations_C)
+    return pool
+
+
+def _moments(wide: torch.Tensor, dims: list[int]) -> _Pool:
+    """Of values that may be overwritten."""
+    mean_C = wide.mean(dims)
+    wide -= mean_C.view(1, -1, *[1] * (wide.ndim - 2))
+    count = wide.numel() // len(mean_C)
+    return _Pool(float(count), mean_C, wide.square_().sum(dims))
 
 
 def _instance_statistics(name: str, layer: _InstanceNorm, wide: torch.Tensor) -> _Pool:

@@ -5,10 +5,11 @@ Input: a folder with `.metadata` and `*.distcp` files. The metadata are a pickle
 at an offset within a `.distcp` file.
 """
 
-from itertools import combinations
 from math import prod
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ensemblekit import containers
 from ensemblekit.containers import Inert, Piece, TensorSpec, Tree, Unusable, pickle_vm
@@ -17,6 +18,7 @@ from ensemblekit.files import Source, Window
 
 _MAX_METADATA = 256 << 20
 _SMALL_VALUE = 1 << 20
+_MAX_CELLS = 1 << 24
 _HINT = "copy the folder again, or leave it out with --exclude"
 
 
@@ -145,13 +147,7 @@ def _joined(
         raise _damaged(folder, f"'{name}' has no pieces")
     if len({piece.spec.dtype for piece in pieces}) > 1:
         raise _damaged(folder, f"'{name}' has pieces of several dtypes")
-    inside = all(
-        o + n <= s
-        for piece in pieces
-        for o, n, s in zip(piece.offsets, piece.spec.shape, shape, strict=True)
-    )
-    covered = sum(piece.spec.size for piece in pieces)
-    if not inside or covered != prod(shape) or _overlap(pieces):
+    if not _covers(shape, pieces):
         raise _damaged(folder, f"'{name}': its pieces do not cover its shape {shape} exactly")
     first = pieces[0].spec
     if len(pieces) == 1:
@@ -159,20 +155,29 @@ def _joined(
     return TensorSpec(first.dtype, shape, None, 0, first.extent, tuple(pieces))
 
 
-def _overlap(pieces: list[Piece]) -> bool:
-    """Whether two pieces share an element; empty ones share none."""
-    full = [piece for piece in pieces if piece.spec.size]
-    if len(full) > 512:  # then only the count of elements speaks
-        return len({piece.offsets for piece in full}) < len(full)
-    return any(
-        all(
-            a < b + m and b < a + n
-            for a, n, b, m in zip(
-                one.offsets, one.spec.shape, other.offsets, other.spec.shape, strict=True
-            )
-        )
-        for one, other in combinations(full, 2)
-    )
+def _covers(shape: tuple[int, ...], pieces: list[Piece]) -> bool:
+    """Whether each element lies in one piece: the pieces' edges cut the shape into cells."""
+    boxes = [
+        [(o, o + n) for o, n in zip(piece.offsets, piece.spec.shape, strict=True)]
+        for piece in pieces
+        if piece.spec.size
+    ]
+    edges = [
+        {0, size, *(edge for box in boxes for edge in box[axis])} for axis, size in enumerate(shape)
+    ]
+    if any(max(cuts) > size for cuts, size in zip(edges, shape, strict=True)):
+        return False
+    places = [{edge: i for i, edge in enumerate(sorted(cuts))} for cuts in edges]
+    counts = [len(cuts) - 1 for cuts in edges]
+    if prod(counts) > _MAX_CELLS:
+        return False
+    taken = np.zeros(counts, bool)
+    for box in boxes:
+        cells = tuple(slice(at[a], at[b]) for at, (a, b) in zip(places, box, strict=True))
+        if taken[cells].any():
+            return False
+        taken[cells] = True
+    return bool(taken.all())
 
 
 def _put(root: dict[str, Any], path: tuple[Any, ...], leaf: Any) -> None:

@@ -38,8 +38,12 @@ def read(source: Readable) -> Tree:
             hint="save the weights with torch.save(state_dict, path)",
         )
 
+    found: dict[int, tuple[bytes, Any]] = {}
+
     def nested(data: bytes) -> Any:
-        return torch_legacy.read(MemorySource(source.file, data)).root
+        if id(data) not in found:  # a small pickle may ask for the same large one again and again
+            found[id(data)] = data, torch_legacy.read(MemorySource(source.file, data)).root
+        return found[id(data)][1]
 
     data = source.read(0, source.size)
     root, used = pickle_vm.load_prefix(

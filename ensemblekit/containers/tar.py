@@ -16,6 +16,7 @@ from ensemblekit.errors import DamagedError, UnsupportedError, listing
 from ensemblekit.files import Readable, Window
 
 _MAX_MEMBERS = 10_000
+_MAX_HEADER = 1 << 20
 _MAX_PICKLE = 64 << 20
 _CHECKPOINTS = (".ckpt", ".pt", ".pth", ".safetensors", ".bin")
 _OLD_TORCH = {"sys_info", "pickle", "storages", "tensors"}
@@ -54,8 +55,8 @@ def _members(source: Readable) -> dict[str, Window]:
     found: dict[str, Window] = {}
     try:
         with tarfile.open(fileobj=_Stream(source), mode="r:") as archive:
-            for member in archive:
-                if len(found) > _MAX_MEMBERS:
+            for count, member in enumerate(archive):
+                if count > _MAX_MEMBERS:
                     raise _damaged(source, f"more than {_MAX_MEMBERS} members")
                 if not member.isreg() or member.issparse():
                     continue
@@ -63,7 +64,12 @@ def _members(source: Readable) -> dict[str, Window]:
                 if name in found:
                     raise _damaged(source, f"member '{name}' stands twice")
                 found[name] = Window(source.file, member.offset_data, member.size, name)
-    except (tarfile.TarError, ValueError, OverflowError) as error:
+            rest = source.size - archive.offset
+        if source.read(archive.offset, min(512, rest)).strip(b"\0"):
+            raise _damaged(
+                source, f"no member begins at byte {archive.offset}, nor does it end there"
+            )
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         raise _damaged(source, str(error)) from error
     return found
 
@@ -78,6 +84,8 @@ class _Stream(RawIOBase):
     def read(self, size: int = -1) -> bytes:
         rest = max(self._source.size - self._place, 0)
         length = rest if size < 0 else min(size, rest)
+        if length > _MAX_HEADER:  # only headers are read through here
+            raise tarfile.ReadError(f"a header of {length} bytes")
         data = self._source.read(self._place, length) if length else b""
         self._place += length
         return data
@@ -136,6 +144,13 @@ class _OldTorch:
             table.skip(nbytes)
             extent = Extent(member, start, nbytes, None)
             self.storages[str(key)] = (extent, dtype)
+        for key, root, offset, numel in table.pickled():
+            whole, dtype = self.storages[str(root)]
+            start, nbytes = (n * DTYPES[dtype].itemsize for n in (offset, numel))
+            if start < 0 or nbytes < 0 or start + nbytes > whole.nbytes:
+                raise ValueError(f"a view of {numel} elements at {offset}")
+            part = whole._replace(start=whole.start + start, nbytes=nbytes)
+            self.storages[str(key)] = (part, dtype)
 
     def _read_tensors(self) -> None:
         table = _Table(self.members["tensors"])
@@ -162,12 +177,20 @@ class _Table:
         self.place = 0
 
     def pickled(self) -> Any:
-        data = self.member.read(self.place, min(4096, self.member.size - self.place))
-        value, used = pickle_vm.load_prefix(
-            data, where=str(self.member.path), storage=pickle_vm.no_storage
-        )
-        self.place += used
-        return value
+        rest, length = self.member.size - self.place, 4096
+        while True:
+            data = self.member.read(self.place, min(length, rest))
+            try:
+                value, used = pickle_vm.load_prefix(
+                    data, where=str(self.member.path), storage=pickle_vm.no_storage
+                )
+            except pickle_vm.EndsTooEarlyError:
+                if length >= min(rest, _MAX_PICKLE):
+                    raise
+                length *= 8
+                continue
+            self.place += used
+            return value
 
     def pickled_count(self) -> int:
         count = self.pickled()

@@ -8,7 +8,8 @@ where each storage lies. Written by `torch.save(..., _use_new_zipfile_serializat
 from typing import Any
 
 from ensemblekit.containers import Extent, Tree, Unusable, pickle_vm
-from ensemblekit.containers.pickle_globals import StorageLookup
+from ensemblekit.containers.pickle_globals import Storage, StorageLookup, find_storage
+from ensemblekit.dtypes import DTYPES
 from ensemblekit.errors import DamagedError, UnsupportedError
 from ensemblekit.files import Readable
 
@@ -45,7 +46,7 @@ def read(source: Readable) -> Tree:
     itemsizes: dict[str, int] = {}
 
     def note(key: str, numel: int, itemsize: int) -> Unusable:
-        itemsizes[key] = itemsize
+        itemsizes.setdefault(key, itemsize)  # its length is counted in elements of its first user
         return Unusable("has no storage yet")
 
     body = stream.place
@@ -105,7 +106,10 @@ class _Stream:
             data = self.source.read(self.place, min(length, rest))
             try:
                 value, used = pickle_vm.load_prefix(
-                    data, where=str(self.source.path), storage=storage
+                    data,
+                    where=str(self.source.path),
+                    storage=storage,
+                    persistent=lambda identity: _persistent(identity, storage),
                 )
             except pickle_vm.EndsTooEarlyError:
                 if length >= min(rest, _MAX_PICKLE):
@@ -114,6 +118,23 @@ class _Stream:
                 continue
             self.place += used
             return value
+
+
+def _persistent(identity: Any, lookup: StorageLookup) -> Any:
+    """A module's class, with its source behind it; a storage; or a view of one (before 0.4)."""
+    if isinstance(identity, tuple) and len(identity) == 4 and identity[0] == "module":
+        return identity[1]
+    storage = find_storage(identity, lookup)
+    view = identity[5] if isinstance(storage, Storage) and len(identity) > 5 else None
+    if not isinstance(storage, Storage) or view is None:
+        return storage
+    sound = isinstance(view, tuple) and len(view) == 3 and all(type(n) is int for n in view[1:])
+    itemsize = DTYPES[storage.dtype or "uint8"].itemsize
+    start, nbytes = (n * itemsize for n in view[1:]) if sound else (-1, -1)
+    whole = storage.extent
+    if start < 0 or nbytes < 0 or start + nbytes > whole.nbytes:
+        return Unusable("lies in a view outside of its storage", _HINT, damaged=True)
+    return storage._replace(extent=whole._replace(start=whole.start + start, nbytes=nbytes))
 
 
 def _damaged(source: Readable, what: str) -> DamagedError:
