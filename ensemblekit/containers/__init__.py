@@ -208,6 +208,11 @@ def read(source: Readable) -> Tree:
     name = sniff(source)
     if name is None:
         head = source.read(0, min(8, source.size))
+        if head.startswith(b"\x1f\x8b"):
+            raise UnsupportedError(
+                f"{source.path}: is compressed with gzip",
+                hint="unpack it and name the checkpoint in it: gunzip, or tar -xzf for a .nemo",
+            )
         raise UnsupportedError(
             f"{source.path}: is not a checkpoint of a known format (begins with {head!r})",
             hint=f"known: {', '.join(CONTAINERS)}; leave it out with --exclude, or save it again "

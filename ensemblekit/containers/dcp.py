@@ -13,6 +13,8 @@ import numpy as np
 
 from ensemblekit import containers
 from ensemblekit.containers import Inert, Piece, TensorSpec, Tree, Unusable, pickle_vm
+from ensemblekit.containers.pickle_globals import brief
+from ensemblekit.containers.sharded import inside
 from ensemblekit.errors import DamagedError, UnsupportedError
 from ensemblekit.files import Source, Window
 
@@ -57,7 +59,7 @@ def read_folder(folder: Path) -> Tree:
             raise _damaged(folder, "its .metadata is not DCP's")
         leaf = blobs.tensor(name, entry) if "chunks" in _fields(entry) else blobs.value(name)
         path = paths.get(name) if isinstance(paths, dict) else None
-        _put(root, path if isinstance(path, tuple) and path else (name,), leaf)
+        _put(folder, root, path if isinstance(path, tuple) and path else (name,), leaf)
     return Tree("dcp", root, {}, (source, *blobs.files.values()))
 
 
@@ -69,14 +71,17 @@ class _Blobs:
         self.files: dict[str, Source] = {}
         self.infos: dict[tuple[str, tuple[int, ...]], Inert] = {}
         for index, info in storage_data.items():
-            key = _fields(index)
-            offset = key.get("offset")
-            self.infos[str(key.get("fqn")), tuple(offset) if offset else ()] = info
+            name, offset = (_fields(index).get(field) for field in ("fqn", "offset"))
+            place = () if offset is None else _sizes(offset)
+            if not isinstance(name, str) or place is None:
+                raise _damaged(folder, f"its .metadata have an index {brief(name)} {brief(offset)}")
+            self.infos[name, place] = info
 
     def value(self, name: str) -> Any:
         """A small value that is no tensor, such as the step; None for a large one."""
         info = self.infos.get((name, ()))
-        if info is None or _fields(info).get("length", _SMALL_VALUE) >= _SMALL_VALUE:
+        length = _fields(info).get("length")
+        if info is None or (type(length) is int and length >= _SMALL_VALUE):
             return None
         return containers.read(self.window(name, info)).root
 
@@ -126,17 +131,12 @@ class _Blobs:
                 f"{self.folder}: '{name}' is compressed or encrypted",
                 hint="save it without transforms",
             )
-        plain = isinstance(file, str) and Path(file).name == file and file not in ("", ".", "..")
-        if not plain or type(start) is not int or type(length) is not int:
-            raise _damaged(
-                self.folder, f"'{name}' lies in '{file}', which is not a plain file of the folder"
-            )
+        if not isinstance(file, str) or type(start) is not int or type(length) is not int:
+            place = f"{brief(file)}, bytes {brief(start)}, {brief(length)}"
+            raise _damaged(self.folder, f"'{name}' lies nowhere: {place}")
         if file not in self.files:
-            path = self.folder / str(file)
-            if path.is_symlink() and path.resolve().parent != self.folder.resolve():
-                raise _damaged(self.folder, f"'{file}' is a link that leads out of the folder")
-            self.files[str(file)] = Source(path)
-        return Window(self.files[str(file)], start, length, name)
+            self.files[file] = Source(inside(self.folder, file, self.folder / ".metadata"))
+        return Window(self.files[file], start, length, name)
 
 
 def _joined(
@@ -180,14 +180,19 @@ def _covers(shape: tuple[int, ...], pieces: list[Piece]) -> bool:
     return bool(taken.all())
 
 
-def _put(root: dict[str, Any], path: tuple[Any, ...], leaf: Any) -> None:
-    place = root
-    for part in path[:-1]:
-        inner = place.setdefault(str(part), {})
-        if not isinstance(inner, dict):
-            return
-        place = inner
-    place[str(path[-1])] = leaf
+def _put(folder: Path, root: dict[str, Any], path: tuple[Any, ...], leaf: Any) -> None:
+    """Set the leaf at its place in the nested state that was saved."""
+    if not all(isinstance(part, str | int) for part in path):
+        raise _damaged(folder, f"it names a place {brief(path)}")
+    *parts, last = map(str, path)
+    place: Any = root
+    for part in parts:
+        place = place.setdefault(part, {})
+        if not isinstance(place, dict):
+            break
+    if not isinstance(place, dict) or last in place:
+        raise _damaged(folder, f"two entries have the place {brief(path)}")
+    place[last] = leaf
 
 
 def _fields(value: Any) -> dict[str, Any]:

@@ -179,7 +179,7 @@ class _Machine:
     def spend(self, amount: int) -> None:
         self.work += amount
         if self.work > MAX_WORK:
-            raise self.damaged("it copies the same data over and over")
+            raise self.damaged("it asks for the same work over and over")
 
     # --- what opcodes mean
 
@@ -257,6 +257,8 @@ class _Machine:
         """A key that hashes in constant time; nested tuples can be built to hash for years."""
         if isinstance(key, list | dict):
             raise self.damaged(f"a {type(key).__name__} as a key")
+        if isinstance(key, int) and key.bit_length() > 60:
+            self.spend(1 << 17)  # from here on any number of integers share one hash
         if isinstance(key, str | int | float | bytes | Global | Inert | type(None)):
             return key
         if isinstance(key, tuple) and len(key) < 64 and not any(type(k) is tuple for k in key):

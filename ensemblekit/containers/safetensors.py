@@ -42,6 +42,12 @@ def read(source: Readable) -> Tree:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _damaged(source, "'__metadata__' is not an object of texts")
+    if "DCP_SHARDING_INFO" in metadata and source.path.name.startswith("shard-"):
+        raise UnsupportedError(
+            f"{source.path}: is what one rank saved: parts of tensors",
+            hint="join them: torch.distributed.checkpoint.hf_storage, HuggingFaceStorageWriter("
+            "..., enable_consolidation=True)",
+        )
     data_size = source.size - data_start
     tensors: dict[str, TensorSpec] = {}
     extents = [(0, 0, "the header"), (data_size, data_size, "the end")]

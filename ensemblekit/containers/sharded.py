@@ -41,7 +41,7 @@ def read_folder(folder: Path) -> Tree:
     weight_map = _weight_map(Source(index))
     trees: dict[str, Tree] = {}
     for name in sorted(set(weight_map.values())):
-        trees[name] = containers.read(Source(_inside(folder, name, index)))
+        trees[name] = containers.read(Source(inside(folder, name, index)))
     root: dict[str, Any] = {}
     for key, name in weight_map.items():
         content = trees[name].root
@@ -83,9 +83,16 @@ def _weight_map(source: Source) -> dict[str, str]:
     return dict(weight_map)
 
 
-def _inside(folder: Path, name: str, index: Path) -> Path:
+def inside(folder: Path, name: str, index: Path) -> Path:
+    """The file of the folder that its index names.
+
+    Raises:
+        DamagedError: The name leads elsewhere or to nothing.
+    """
     path = folder / name
-    if not name or name in (".", "..") or Path(name).name != name or "\\" in name or "\0" in name:
+    plain = name not in ("", ".", "..") and Path(name).name == name
+    too_long = len(name.encode("utf-8", "surrogatepass")) > 255
+    if not plain or too_long or "\\" in name or "\0" in name:
         raise DamagedError(
             f"{index}: names '{name}', which is not a plain file of its folder", hint=_HINT
         )

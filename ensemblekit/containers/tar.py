@@ -37,6 +37,8 @@ def read(source: Readable) -> Tree:
         DamagedError: The archive is not sound.
         UnsupportedError: It holds no checkpoint, or several.
     """
+    if source is not source.file:
+        raise UnsupportedError(f"{source.path}: is a tar archive within another file")
     members = _members(source)
     if set(members) >= _OLD_TORCH:
         return Tree("torch-tar", _OldTorch(source, members).read(), {}, (source.file,))

@@ -21,6 +21,7 @@ _LOCAL_MAGIC, _CENTRAL_MAGIC, _END_MAGIC = 0x04034B50, 0x02014B50, 0x06054B50
 _LOCATOR_MAGIC, _END64_MAGIC, _DESCRIPTOR_MAGIC = 0x07064B50, 0x06064B50, 0x08074B50
 _MAX_DIRECTORY = 256 << 20
 _MAX_PICKLE = 256 << 20
+_EXPORTED = ("/archive_format", "serialized_exported_program.json")
 _HINT = "copy it again, or leave it out with --exclude"
 
 
@@ -49,9 +50,11 @@ def read(source: Readable) -> Tree:
     records = {record.name: record for record in directory(source)}
     pickles = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
     if any(name.count("/") == 1 and name.endswith("/constants.pkl") for name in records):
+        raise _torchscript(source)
+    if any(name.endswith(_EXPORTED) for name in records):
         raise UnsupportedError(
-            f"{source.path}: is a TorchScript archive: a program, not a plain checkpoint",
-            hint="save the weights: torch.save(torch.jit.load(path).state_dict(), 'weights.pt')",
+            f"{source.path}: is a torch.export archive: a program, not a plain checkpoint",
+            hint="save the weights: torch.save(torch.export.load(path).state_dict, 'weights.pt')",
         )
     if len(pickles) != 1:
         raise UnsupportedError(
@@ -150,6 +153,8 @@ def _central(source: Readable, data: bytes, place: int) -> tuple[Record, int, in
         raise _damaged(source, "a record name is not UTF-8") from error
     if flags & 0x1:
         raise _damaged(source, f"record '{name}' is encrypted")
+    if method and "/code/" in name:
+        raise _torchscript(source)
     if method:
         raise _damaged(source, f"record '{name}' is compressed; torch stores records as they are")
     extra = body[n_name : n_name + n_extra]
@@ -244,6 +249,13 @@ def _check_byteorder(source: Readable, record: Record | None) -> None:
             f"{source.path}: was written in {order.decode('ascii', 'replace')}-endian byte order",
             hint="load and save it again with torch on this machine",
         )
+
+
+def _torchscript(source: Readable) -> UnsupportedError:
+    return UnsupportedError(
+        f"{source.path}: is a TorchScript archive: a program, not a plain checkpoint",
+        hint="save the weights: torch.save(torch.jit.load(path).state_dict(), 'weights.pt')",
+    )
 
 
 def _damaged(source: Readable, what: str) -> DamagedError:

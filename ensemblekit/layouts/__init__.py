@@ -37,7 +37,10 @@ LAYOUTS: dict[str, str] = {
 }
 
 # Optimizers, schedulers, gradient scalers and random states are known by these.
-_SIDE_KEYS = ("param_groups", "base_lrs", "last_epoch", "growth_factor", "exp_avg")
+_SIDE_KEYS = (
+    *("param_groups", "base_lrs", "last_epoch", "growth_factor", "exp_avg"),
+    "optimizer_state_dict",  # DeepSpeed's ranks
+)
 
 Role = Literal["model", "ema", "swa", "other"]
 

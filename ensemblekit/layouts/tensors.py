@@ -15,7 +15,17 @@ from ensemblekit.layouts import Facts, Role, Weights
 _WRAPPERS = ("module", "_orig_mod")
 # These are never a user's own attribute names, so they go at any depth.
 _ALWAYS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_COUNTERS = ("n_averaged", "steps")  # of AveragedModel, torch's and MMEngine's
 _MAX_DEPTH = 200
+_SHARDED = (
+    "torch.distributed._shard.sharded_tensor.api.ShardedTensor",
+    "torch.distributed.tensor.DTensor",
+)
+_GATHER = (
+    "gather the full tensors on the ranks and save those: torch.distributed.checkpoint.state_dict."
+    "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)); or save with "
+    "torch.distributed.checkpoint, which is read as it is"
+)
 
 _STEP_KEYS = ("step", "global_step", "iteration", "iter", "iter_num", "num_updates", "n_iter")
 _EPOCH_KEYS = ("epoch", "epochs", "current_epoch", "cycle")
@@ -34,8 +44,9 @@ def tensors_in(value: Any, depth: int = 0) -> dict[str, Any] | None:
         return None
     if not all(isinstance(key, str) for key in value):
         return None
-    if any(_is_weight(leaf) for leaf in value.values()):
-        return dict(value)
+    leaves = {key: _leaf(item) for key, item in value.items()}
+    if any(_is_weight(leaf) for leaf in leaves.values()):
+        return leaves
     for name in ("state_dict", "model", "module", "shadow", "params") if depth < 4 else ():
         inner = tensors_in(value.get(name), depth + 1)
         if inner is not None:
@@ -84,14 +95,14 @@ def make_weights(leaves: Mapping[str, Any], role: Role, *, is_average: bool = Fa
 
 
 def own_keys(keys: list[str]) -> dict[str, str]:
-    """Each key without wrapper prefixes; AveragedModel's counter is left out.
+    """Each key without wrapper prefixes; AveragedModel's counter is left out, where it has them.
 
     >>> own_keys(["module._orig_mod.fc.weight", "module._orig_mod.fc.bias"])
     {'module._orig_mod.fc.weight': 'fc.weight', 'module._orig_mod.fc.bias': 'fc.bias'}
     """
     parts = {key: key.split(".") for key in keys}
     while parts:
-        counters = [key for key, p in parts.items() if p == ["n_averaged"]]
+        counters = [key for key, p in parts.items() if len(p) == 1 and p[0] in _COUNTERS]
         rest = {key: p for key, p in parts.items() if key not in counters}
         if counters and not all(p[0] == "module" for p in rest.values()):
             break
@@ -144,6 +155,13 @@ def number(value: Any) -> float | None:
         return float(value) if math.isfinite(value) else None
     except OverflowError:
         return None
+
+
+def _leaf(value: Any) -> Any:
+    """A shard as what it is: the rank's part of a tensor, not one that can be left out."""
+    if isinstance(value, Inert) and value.cls in _SHARDED:
+        return Unusable("is the shard of one rank of a distributed run", _GATHER)
+    return value
 
 
 def _is_weight(leaf: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -115,3 +116,106 @@ def test_problems_do_not_hide_the_rest(tmp_path: Path) -> None:
 def test_no_such_path(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="nosuch"):
         audit([tmp_path / "nosuch"])
+
+
+def break_a_byte(path: Path, tensor: torch.Tensor) -> None:
+    """Change a value in the file; its checksum stays."""
+    data = path.read_bytes()
+    place = data.index(tensor.numpy().tobytes())
+    path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+
+
+@pytest.mark.parametrize(
+    "kind, expected",
+    [("nan", "NaN|not finite"), ("inf", "Inf|inf|not finite"), ("damage", "checksum|CRC")],
+)
+def test_deep_reads_every_value(kind: str, expected: str, tmp_path: Path) -> None:
+    for k in (1, 2, 3):
+        tensor = torch.full((40, 2), float(k))
+        if k == 2 and kind != "damage":
+            tensor[7, 1] = float(kind)
+        write_torch(tmp_path / f"epoch_{k}.pt", {"w": tensor, "b": torch.full((3,), 0.1 * k)})
+    if kind == "damage":
+        break_a_byte(tmp_path / "epoch_2.pt", torch.full((40, 2), 2.0))
+    assert not audit([tmp_path]).errors
+    report = audit([tmp_path], deep=True)
+    [error] = report.errors
+    assert re.search(expected, error.message), error.message
+    assert "epoch_2.pt" in error.message
+    assert "'w'" in error.message
+    assert error.exit_code == 3
+    assert error.message in report.problems
+    assert [row["status"] for row in report.snapshots] == ["used"] * 3
+
+
+def test_deep_names_every_damaged_file(run: Path) -> None:
+    for k in (1, 3):
+        break_a_byte(run / f"epoch_{k}.pt", torch.full((4, 2), float(k)))
+        value = (run / f"epoch_{k}.pt").read_bytes()
+        assert value
+    report = audit([run], Selection(weights="model"), deep=True)
+    assert [Path(e.message.partition(":")[0]).name for e in report.errors] == [
+        "epoch_1.pt",
+        "epoch_3.pt",
+    ]
+
+
+DISTANCES = {"to_previous", "cosine_to_previous", "to_mean"}
+
+
+def test_distances_on_demand(run: Path) -> None:
+    assert not any(row.keys() & DISTANCES for row in audit([run]).snapshots)
+    report = audit([run], Selection(last=2), with_distances=True)
+    rows = {Path(row["path"]).name: row for row in report.snapshots}
+    assert not rows["epoch_1.pt"].keys() & DISTANCES
+    first, second = rows["epoch_2.pt"], rows["epoch_3.pt"]
+    assert (first["to_previous"], first["cosine_to_previous"]) == (None, None)
+    assert second["to_previous"] == pytest.approx(8**0.5)
+    assert second["cosine_to_previous"] == pytest.approx(1)
+    assert first["to_mean"] == second["to_mean"] == pytest.approx(2**0.5)
+    json.dumps(report.to_json())
+
+
+def test_no_distances_of_what_does_not_fit(tmp_path: Path) -> None:
+    run = write_series(tmp_path / "run")
+    write_safetensors(run / "snap_4.safetensors", {"other": np.ones(3, np.float32)})
+    report = audit([run], with_distances=True)
+    assert report.errors
+    assert not any(row.keys() & DISTANCES for row in report.snapshots)
+
+
+@pytest.mark.parametrize("first, advised", [(1, 6), (5, None)])
+def test_early_training(first: int, advised: int | None, tmp_path: Path) -> None:
+    for k in range(first, 11):
+        write_torch(tmp_path / f"{k}.pt", {"model": {"w": torch.randn(3)}, "step": 100 * k})
+    texts = [text for text in audit([tmp_path]).problems if "begin early" in text]
+    if advised is None:
+        assert texts == []
+    else:
+        [text] = texts
+        assert f"--last {advised}" in text
+        assert not audit([tmp_path], Selection(last=advised)).problems
+
+
+def test_several_runs_in_one_folder(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_series(tmp_path / name)
+    report = audit([tmp_path])
+    [error] = report.errors
+    assert error.exit_code == 3
+    assert "several runs" in error.message
+    for name in ("a", "b"):
+        assert f"{name} (3 snapshots)" in error.message
+    assert len([row for row in report.snapshots if row["status"] == "used"]) == 6
+    assert not audit([tmp_path / "a"]).errors
+
+
+def test_members_at_the_top_of_a_cycle(tmp_path: Path) -> None:
+    for k, rate in enumerate([5e-4, 1e-2, 5e-4, 1e-2]):
+        state = {"w": torch.randn(40, generator=torch.Generator().manual_seed(k))}
+        optimizer = {"state": {}, "param_groups": [{"lr": rate}]}
+        write_torch(tmp_path / f"fge-{k}.pt", {"model_state": state, "optimizer_state": optimizer})
+    [text] = [text for text in audit([tmp_path]).problems if "learning rate" in text]
+    assert "fge-1.pt, fge-3.pt" in text
+    chosen = Selection(exclude=("fge-1.pt", "fge-3.pt"))
+    assert not audit([tmp_path], chosen).problems
