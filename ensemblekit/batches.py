@@ -60,12 +60,14 @@ class Plan:
         shuffle_seed: Seed of a random order of map-style data, None for the stored order.
         limit: At most so many samples, a seeded random subset of map-style data.
         workers: Processes that load map-style data.
+        seed: Of the subset that `limit` takes, where the order is the stored one.
     """
 
     batch_size: int = 128
     shuffle_seed: int | None = None
     limit: int | None = None
     workers: int = 0
+    seed: int = 0
 
 
 def count(data: Any, plan: Plan) -> int | None:
@@ -118,11 +120,14 @@ def forward(model: torch.nn.Module, batch: Batch) -> Any:
         raise MachineError(f"out of memory: {error}", hint="try --batch-size 32") from error
     except Exception as error:  # their model may raise anything
         frame = traceback.extract_tb(error.__traceback__)[-1]
+        hint = "check the shapes and types that the data target returns against the model"
+        if "unexpected keyword argument" in str(error):
+            hint = "the batches are dicts; leave out the entries that the model does not take"
         raise InputError(
             f"the model cannot take the data: {error} "
             f"({type(error).__name__} at {frame.filename}:{frame.lineno}); "
             f"inputs are {_shapes(batch)}",
-            hint="check the shapes and types that the data target returns against the model",
+            hint=hint,
         ) from error
 
 
@@ -202,7 +207,9 @@ def _index_batches(total: int, plan: Plan) -> list[list[int]]:
     seed = plan.shuffle_seed
     indices = np.arange(total)
     if plan.limit is not None and plan.limit < total:
-        chosen = np.random.default_rng(seed or 0).permutation(total)[: plan.limit]
+        chosen = np.random.default_rng(plan.seed if seed is None else seed).permutation(total)[
+            : plan.limit
+        ]
         indices = chosen if seed is not None else np.sort(chosen)
     elif seed is not None:
         indices = np.random.default_rng(seed).permutation(total)

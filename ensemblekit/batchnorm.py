@@ -144,7 +144,7 @@ def _only_in_train_mode(model: nn.Module, layers: dict[str, nn.Module]) -> Itera
     }
     model.eval()
     for layer in layers.values():
-        layer.train()
+        layer.training = True  # not train(): that would wake what lies inside, such as dropout
     try:
         yield
     finally:

@@ -3,11 +3,13 @@
 Input: the places that `walk` found, read by `containers`, understood by `layouts`.
 """
 
+import glob
 import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,22 @@ from ensemblekit.errors import (
     listing,
 )
 from ensemblekit.files import Source
-from ensemblekit.layouts import NoWeightsError
+from ensemblekit.layouts import NoWeightsError, Role
+from ensemblekit.layouts.torch_dict import words_in
 from ensemblekit.schedule import high_rate_warning
 from ensemblekit.selection import Selection, select
-from ensemblekit.snapshots import Skipped, Snapshot, SnapshotSet, check_same_signature
+from ensemblekit.snapshots import (
+    Skipped,
+    Snapshot,
+    SnapshotSet,
+    check_same_signature,
+    position,
+    skipped,
+)
+
+_COUNTING = "epoch|ep|step|steps|iter|iteration|checkpoint|ckpt|snapshot|cycle|round"
+_NUMBER = r"(\d+)([kKmM](?![a-zA-Z0-9]))?"
+_SUFFIXES = {"": 1, "k": 1000, "m": 1_000_000}
 
 _ORDER_KEYS: list[tuple[str, Callable[[Snapshot], Any]]] = [
     ("step", lambda s: s.facts.step),
@@ -82,7 +96,7 @@ def examine(checkpoints: Sequence[str | os.PathLike[str]], selection: Selection)
         UsageError: A path that does not exist, a selection that selects nothing.
     """
     places, passed = walk.places(checkpoints, exclude=selection.exclude)
-    skipped = [Skipped(item.name, item.reason) for item in passed]
+    skipped = [Skipped(item.path, item.name, item.reason) for item in passed]
     errors: list[EnsembleKitError] = []
     found: list[Snapshot] = []
     for place in places:
@@ -92,14 +106,22 @@ def examine(checkpoints: Sequence[str | os.PathLike[str]], selection: Selection)
             if place.found_in is None:
                 errors.append(error)
             else:
-                skipped.append(Skipped(place.name, "holds no model weights"))
+                skipped.append(Skipped(place.path, place.name, "holds no model weights"))
         except UnsupportedError as error:
             if place.claims:
                 errors.append(error)
             else:
-                skipped.append(Skipped(place.name, "not a checkpoint"))
+                skipped.append(Skipped(place.path, place.name, "not a checkpoint"))
+        except DamagedError as error:
+            if place.claims:
+                errors.append(error)
+            else:
+                skipped.append(Skipped(place.path, place.name, "damaged, or still being written"))
         except (InputError, MachineError) as error:
-            errors.append(error)
+            if place.claims or place.path.exists():
+                errors.append(error)
+            else:
+                skipped.append(Skipped(place.path, place.name, "a link to nothing"))
     excluded = [item for item in skipped if item.reason.startswith("excluded")]
     if not found and not errors and excluded:
         raise UsageError(f"--exclude leaves none of {len(excluded)} files")
@@ -117,10 +139,10 @@ def _arrange(
     selection: Selection,
 ) -> Examination:
     warnings: list[str] = []
-    snapshots, ordered_by = in_order(found)
+    snapshots, more = _without_copies(found)
+    skipped.extend(more)
+    snapshots, ordered_by = in_order(snapshots)
     if error := _several_runs(snapshots):
-        errors.append(error)
-    if error := _several_variants(snapshots):
         errors.append(error)
     warnings += [
         f"{s.name}: not averaged, because not tensors: {listing(s.extras)}"
@@ -131,8 +153,9 @@ def _arrange(
     if not errors:
         try:
             check_same_signature(snapshots)
-            snapshots, more = _without_repeats(snapshots)
+            snapshots, more = _without_averages(snapshots)
             skipped.extend(more)
+            check_same_role(snapshots)
             snapshots, ordered_by = in_order(snapshots)
             snapshots, more = select(snapshots, selection, ordered_by)
             skipped.extend(more)
@@ -141,6 +164,7 @@ def _arrange(
             raise
         except EnsembleKitError as error:
             errors.append(error)
+    warnings += _order_warnings(snapshots, ordered_by)
     if ordered_by == "content" and len(snapshots) > 1:
         warnings.append("neither the files nor their names tell an order; none was assumed")
     return Examination(tuple(snapshots), tuple(skipped), tuple(errors), tuple(warnings), ordered_by)
@@ -162,7 +186,7 @@ def read_snapshot(place: walk.Place, weights: str = "auto") -> Snapshot:
         name=place.name,
         format=f"{tree.container}/{reading.layout}",
         variant=variant,
-        role=chosen.role,
+        role=_role(chosen.role, path),
         available=tuple(reading.weights),
         tensors=_usable(chosen.tensors, path),
         ties=chosen.ties,
@@ -183,11 +207,25 @@ def in_order(snapshots: Iterable[Snapshot]) -> tuple[list[Snapshot], str]:
     by their modification time.
     """
     items = list(snapshots)
-    for name, key in _ORDER_KEYS:
-        values = [key(s) for s in items]
-        if items and None not in values and (len(set(values)) > 1 or len(items) == 1):
-            return _sorted(items, key), name
+    steps_mislead = _epochs_contradict_steps(items)  # they count within an epoch
+    keys = [(name, key) for name, key in _ORDER_KEYS if name != "step" or not steps_mislead]
+    for most in (len(items), len(items) // 2 + 1):  # what all state, else what most do
+        for name, key in keys:
+            stated = [s for s in items if key(s) is not None]
+            silent = [s for s in items if key(s) is None]
+            tells = len({key(s) for s in stated}) > 1 or len(items) == 1
+            if tells and len(stated) >= most:
+                return _sorted(silent, lambda _: 0) + _sorted(stated, key), name
     return _sorted(items, lambda _: 0), "content"
+
+
+def _epochs_contradict_steps(snapshots: list[Snapshot]) -> bool:
+    """Whether a later epoch has an earlier step."""
+    known = [(s.facts.epoch, s.facts.step) for s in snapshots]
+    pairs = sorted((epoch, step) for epoch, step in known if epoch is not None and step is not None)
+    return len(pairs) == len(known) and any(
+        one[0] < other[0] and one[1] >= other[1] for one, other in pairwise(pairs)
+    )
 
 
 def _usable(tensors: Mapping[str, TensorSpec | Unusable], path: Path) -> dict[str, TensorSpec]:
@@ -217,24 +255,35 @@ def _sorted(items: list[Snapshot], key: Callable[[Snapshot], Any]) -> list[Snaps
     return ordered
 
 
-def _without_repeats(snapshots: list[Snapshot]) -> tuple[list[Snapshot], list[Skipped]]:
-    """Drop the same weights under a second name, and averages of the run."""
-    skipped = []
-    kept: list[Snapshot] = []
-    for group in duplicates.same_weights(snapshots):
-        first, *others = sorted(group, key=lambda s: (not s.numbers, len(s.name), s.name))
-        kept.append(first)
-        skipped += [Skipped(s.name, f"same weights as {first.name}", s) for s in others]
-    kept = [s for s in snapshots if s in kept]
+def _without_averages(snapshots: list[Snapshot]) -> tuple[list[Snapshot], list[Skipped]]:
+    """Drop averages of the run: those that say so, and those that equal a mean of others."""
+    kept = list(snapshots)
+    left = []
     if not all(s.is_average for s in kept):
         stated = [s for s in kept if s.is_average]
-        skipped += [Skipped(s.name, "is an average already, says the file", s) for s in stated]
+        left += [skipped(s, "is an average already, says the file") for s in stated]
         kept = [s for s in kept if s not in stated]
     for snapshot, members in duplicates.means_of_others(kept, _made_after):
         kept = [s for s in kept if s is not snapshot]
         names = listing([m.name for m in members], limit=3)
-        skipped.append(Skipped(snapshot.name, f"equals the mean of {names}", snapshot))
-    return kept, skipped
+        left.append(skipped(snapshot, f"equals the mean of {names}"))
+    return kept, left
+
+
+def _without_copies(snapshots: list[Snapshot]) -> tuple[list[Snapshot], list[Skipped]]:
+    """Drop the same weights under a second name; the one with a number in it stays."""
+    kept: list[Snapshot] = []
+    left = []
+    for group in duplicates.same_weights(snapshots):
+        first, *others = sorted(group, key=lambda s: (not s.numbers, len(s.name), s.name))
+        kept.append(first)
+        left += [skipped(s, f"same weights as {first.name}") for s in others]
+    return kept, left
+
+
+def _role(stated: Role, path: Path) -> Role:
+    """Some tools keep their moving average in files of its own: `ema_0.9999_010000.pt`."""
+    return "ema" if stated == "model" and "ema" in words_in(path.name) else stated
 
 
 def _made_after(average: Snapshot, members: list[Snapshot]) -> bool:
@@ -244,6 +293,20 @@ def _made_after(average: Snapshot, members: list[Snapshot]) -> bool:
         if own is not None and None not in places:
             return not bool(min(places) < own < max(places))
     return True
+
+
+def _order_warnings(snapshots: list[Snapshot], ordered_by: str) -> list[str]:
+    """Snapshots that do not say where they stand, or say the same of different weights."""
+    if ordered_by == "content":
+        return []
+    found = []
+    silent = [s.name for s in snapshots if position(s, ordered_by) is None]
+    if silent:
+        found.append(f"no {ordered_by} is known of {listing(silent)}; taken for the oldest")
+    places = Counter(position(s, ordered_by) for s in snapshots)
+    if twice := [s.name for s in snapshots if places[position(s, ordered_by)] > 1 and not silent]:
+        found.append(f"different weights state the same {ordered_by}: {listing(twice)}")
+    return found
 
 
 def _several_runs(snapshots: list[Snapshot]) -> EnsembleKitError | None:
@@ -264,17 +327,23 @@ def _several_runs(snapshots: list[Snapshot]) -> EnsembleKitError | None:
     return None
 
 
-def _several_variants(snapshots: list[Snapshot]) -> EnsembleKitError | None:
-    """Moving averages and raw weights are different series, whatever their keys are called."""
-    by_role = {s.role: s for s in reversed(snapshots) if not s.is_average}
+def check_same_role(snapshots: Sequence[Snapshot]) -> None:
+    """Moving averages and raw weights are different series, whatever their keys are called.
+
+    Raises:
+        IncompatibleError: There are both.
+    """
+    by_role = {s.role: s for s in reversed(snapshots)}
     if len(by_role) < 2:
-        return None
+        return
     first, second, *_ = by_role.values()
     common = set.intersection(*(set(s.available) for s in snapshots))
-    return IncompatibleError(
+    raise IncompatibleError(
         f"{first.path} would give its '{first.variant}' ({first.role}), {second.path} its "
         f"'{second.variant}' ({second.role}); an average must not mix them",
-        hint=f"--weights {sorted(common)[0]}" if common else "leave one kind out with --exclude",
+        hint=f"--weights {sorted(common)[0]}"
+        if common and first.variant != second.variant
+        else f"leave one kind out, such as --exclude '{glob.escape(second.path.name)}'",
     )
 
 
@@ -292,9 +361,12 @@ def _with_numbers(snapshots: list[Snapshot]) -> list[Snapshot]:
     """
     own = [_numbers(s.path.name if s.path.is_dir() else _stem(s.path.name)) for s in snapshots]
     numbered = {s.path.parent for s, numbers in zip(snapshots, own, strict=True) if numbers}
+    folders = {(s.found_in, s.path.parent) for s in snapshots}
     for i, snapshot in enumerate(snapshots):
-        if snapshot.path.parent not in numbered:
-            own[i] = _numbers(snapshot.path.absolute().parent.name)
+        folder = snapshot.path.parent
+        deeper = any(top == folder and place != folder for top, place in folders)
+        if folder not in numbered and not deeper:
+            own[i] = _numbers(folder.absolute().name)
     while len(own) > 1 and all(len(n) > 1 for n in own) and len({n[0] for n in own}) == 1:
         own = [numbers[1:] for numbers in own]
     return [replace(s, numbers=numbers) for s, numbers in zip(snapshots, own, strict=True)]
@@ -308,7 +380,17 @@ def _stem(name: str) -> str:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(digits) for digits in re.findall(r"\d+", text)[:8])
+    """The numbers in a name that count something: those behind a word for it, else all whole ones.
+
+    Ranks of a distributed run and scores count nothing.
+
+    >>> _numbers("val_loss_0.52_epoch_3"), _numbers("step-5k"), _numbers("net-10")
+    ((3,), (5000,), (10,))
+    """
+    text = re.sub(r"\d+\.\d+|rank[-_]?\d+", " ", text)
+    found = re.findall(rf"(?:{_COUNTING})[-_=.]?{_NUMBER}", text, re.IGNORECASE)
+    found = found or re.findall(_NUMBER, text)
+    return tuple(int(digits) * _SUFFIXES[unit.lower()] for digits, unit in found[:8])
 
 
 def _what_was_there(skipped: list[Skipped]) -> str:

@@ -6,7 +6,9 @@ Input: snapshots. Samples first; whole tensors are read only where the samples a
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -16,6 +18,7 @@ from ensemblekit.snapshots import Snapshot
 _SAMPLED_TENSORS = 32
 _MEAN_SAMPLES = 1 << 14
 _MEAN_TOLERANCE = 1e-6
+_TOLD_APART = 8.0  # members must differ by more than the mean is off
 _BLOCK = 1 << 20
 
 
@@ -74,15 +77,19 @@ def means_of_others(
 def _one_mean(
     snapshots: list[Snapshot], plausible: Callable[[Snapshot, list[Snapshot]], bool]
 ) -> tuple[Snapshot, list[Snapshot]] | None:
-    values_SK = _sampled_values(snapshots)
-    values_SK = values_SK[np.isfinite(values_SK).all(axis=1)]  # NaN is `state`'s to report
-    scale = np.abs(values_SK).max(initial=0.0)
+    values_SK, rounding_S = _sampled_values(snapshots)
+    finite_S = np.isfinite(values_SK).all(axis=1)  # NaN is `state`'s to report
+    values_SK, rounding_S = values_SK[finite_S], rounding_S[finite_S]
+    sizes_SK = np.abs(values_SK)
+    scale = sizes_SK.max(initial=0.0)
+    # what the rounding of a mean to its own dtype may change
+    noise_S = _MEAN_TOLERANCE * scale + 2 * rounding_S * sizes_SK.max(axis=1, initial=0.0)
     centred_SK = values_SK - values_SK.mean(axis=1, keepdims=True)
     if scale == 0 or len(values_SK) < len(snapshots) + 4:
         return None
     # centred columns always sum to zero; a second (near) zero singular value is a dependency
     singular = np.linalg.svd(centred_SK, compute_uv=False)
-    if singular[-2] > _MEAN_TOLERANCE * scale * np.sqrt(values_SK.size):
+    if singular[-2] > np.linalg.norm(noise_S) * np.sqrt(len(snapshots)):
         return None
     for k, snapshot in enumerate(snapshots):
         others = [j for j in range(len(snapshots)) if j != k]
@@ -93,17 +100,19 @@ def _one_mean(
         members = [others[i] for i in np.flatnonzero(np.abs(row) > 0.5 / len(row))]
         if len(members) < 2:
             continue
-        off = np.abs(values_SK[:, members].mean(axis=1) - values_SK[:, k]).max()
-        spread = np.abs(values_SK[:, members] - values_SK[:, [k]]).max()
+        off_S = np.abs(values_SK[:, members].mean(axis=1) - values_SK[:, k])
+        spread_S = np.abs(values_SK[:, members] - values_SK[:, [k]]).max(axis=1)
         others_found = [snapshots[j] for j in members]
-        equal = off <= _MEAN_TOLERANCE * scale and spread > 100 * off
-        if equal and plausible(snapshot, others_found):
+        told_apart = np.linalg.norm(spread_S) > _TOLD_APART * np.linalg.norm(off_S)
+        if (off_S <= noise_S).all() and told_apart and plausible(snapshot, others_found):
             return snapshot, others_found
     return None
 
 
-def _sampled_values(snapshots: list[Snapshot]) -> npt.NDArray[np.float64]:
-    """The same elements of each snapshot's float parameters, in float64."""
+def _sampled_values(
+    snapshots: list[Snapshot],
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """The same elements of each snapshot's float parameters, and their unit roundoff."""
     first = snapshots[0].tensors
     keys = [
         key
@@ -119,7 +128,13 @@ def _sampled_values(snapshots: list[Snapshot]) -> npt.NDArray[np.float64]:
         np.concatenate([_leading(s.tensors[key], each) for key in keys] or [np.empty(0)])
         for s in snapshots
     ]
-    return np.stack(columns, axis=1)
+    units = [np.full(min(each, first[key].size), _unit_roundoff(first[key])) for key in keys]
+    return np.stack(columns, axis=1), np.concatenate(units or [np.empty(0)])
+
+
+def _unit_roundoff(spec: TensorSpec) -> float:
+    info: Any = ml_dtypes.finfo(spec.type.numpy)  # type: ignore[no-untyped-call]
+    return float(info.eps) / 2
 
 
 def _leading(spec: TensorSpec, count: int) -> npt.NDArray[np.float64]:

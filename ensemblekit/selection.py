@@ -7,7 +7,54 @@ import math
 from dataclasses import dataclass
 
 from ensemblekit.errors import UsageError, listing
-from ensemblekit.snapshots import Skipped, Snapshot, position
+from ensemblekit.snapshots import Skipped, Snapshot, position, skipped
+
+_LOWER = {
+    *(
+        "loss",
+        "nll",
+        "error",
+        "err",
+        "perplexity",
+        "ppl",
+        "mse",
+        "mae",
+        "rmse",
+        "wer",
+        "cer",
+        "fid",
+    ),
+    *("ece", "brier", "bpc", "eer"),
+}
+_HIGHER = {
+    *(
+        "acc",
+        "acc1",
+        "acc5",
+        "accuracy",
+        "top1",
+        "top5",
+        "f1",
+        "auc",
+        "auroc",
+        "map",
+        "ap",
+        "score",
+    ),
+    *(
+        "bleu",
+        "rouge",
+        "iou",
+        "miou",
+        "dice",
+        "psnr",
+        "ssim",
+        "r2",
+        "fitness",
+        "precision",
+        "recall",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -54,6 +101,12 @@ def select(
         UsageError: It keeps none, or asks for steps or metrics that the files do not state.
     """
     kept = list(snapshots)
+    for flag in ("last", "every"):
+        if getattr(selection, flag) is not None and ordered_by == "content" and len(kept) > 1:
+            raise UsageError(
+                f"--{flag} needs an order, and neither the files nor their names tell one",
+                hint="name the files instead, or number them",
+            )
     if selection.from_step is not None or selection.to_step is not None:
         kept = _between(kept, selection.from_step, selection.to_step, ordered_by)
     if selection.every is not None:
@@ -69,7 +122,7 @@ def select(
             f"they run from {ordered_by} {spans}"
         )
     left = [s for s in snapshots if s not in kept]
-    return kept, [Skipped(s.name, "not selected", s) for s in left]
+    return kept, [skipped(s, "not selected") for s in left]
 
 
 def _between(
@@ -89,8 +142,16 @@ def _best(snapshots: list[Snapshot], count: int, by: str) -> list[Snapshot]:
     if direction not in ("", "min", "max"):
         raise UsageError(f"--by {by}: write NAME, NAME:min or NAME:max")
     if not direction:
-        lower = ("loss", "nll", "error", "err", "perplexity", "ppl", "mse", "mae")
-        direction = "min" if any(word in name.lower() for word in lower) else "max"
+        words = name.lower().replace("_", " ").replace("/", " ").replace("-", " ").split()
+        if not _LOWER.isdisjoint(words):
+            direction = "min"
+        elif not _HIGHER.isdisjoint(words):
+            direction = "max"
+        else:
+            raise UsageError(
+                f"--by {name}: the name does not tell whether more is better",
+                hint=f"--by {name}:max or --by {name}:min",
+            )
     missing = [s for s in snapshots if name not in s.facts.metrics]
     if missing:
         known = sorted({metric for s in snapshots for metric in s.facts.metrics})

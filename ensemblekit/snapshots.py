@@ -3,6 +3,7 @@
 Input: tensor descriptions from `containers` and `layouts`; `discovery` makes them from paths.
 """
 
+import glob
 import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -86,9 +87,15 @@ class Snapshot:
 class Skipped:
     """Something in the folder that is not averaged, and why."""
 
+    path: Path
     name: str
     reason: str
     snapshot: Snapshot | None = None
+
+
+def skipped(snapshot: Snapshot, reason: str) -> Skipped:
+    """A snapshot that is left out."""
+    return Skipped(snapshot.path, snapshot.name, reason, snapshot)
 
 
 @dataclass(frozen=True)
@@ -147,7 +154,7 @@ def position(snapshot: Snapshot, ordered_by: str) -> float | None:
         return snapshot.facts.step
     if ordered_by == "epoch":
         return snapshot.facts.epoch
-    return float(snapshot.numbers[0]) if ordered_by == "number" else None
+    return float(snapshot.numbers[0]) if ordered_by == "number" and snapshot.numbers else None
 
 
 def check_same_signature(snapshots: Sequence[Snapshot]) -> None:
@@ -167,7 +174,7 @@ def check_same_signature(snapshots: Sequence[Snapshot]) -> None:
     reference, odd = common[0], others[0][0]
     raise IncompatibleError(
         f"{odd.path} does not fit {reference.path}: {_differences(reference, odd)}",
-        hint=f"average snapshots of one network; leave others out, such as --exclude '{odd.name}'",
+        hint=f"average snapshots of one network; leave others out, such as --exclude '{glob.escape(odd.name)}'",
     )
 
 

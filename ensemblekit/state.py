@@ -4,6 +4,7 @@ Input: a `SnapshotSet` and rows over it. Everything streams: a block of each sna
 goes through a float64 accumulator, so memory grows neither with K nor with the model.
 """
 
+import glob
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -200,7 +201,8 @@ def _mix_floats(
     bits_KN = block_KB.view(f"u{real.itemsize}")
     same_N = (bits_KN == bits_KN[0]).all(axis=0)
     equal = bool(same_N.all())
-    values_KN = block_KB.view(real).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # NaN is reported below, with its key
+        values_KN = block_KB.view(real).astype(np.float64)
     _check_values(snapshots, key, values_KN, constant=equal)
     results = []
     for m, row in enumerate(rows):
@@ -209,7 +211,7 @@ def _mix_floats(
             mixed_N, result = values_KN[only], block_KB[only]
         else:
             mixed_N = _mix_within_range(values_KN, row, compensated=real == np.float64)
-            with np.errstate(over="ignore"):
+            with np.errstate(over="ignore", invalid="ignore"):
                 narrowed = narrow(mixed_N, real)
             np.copyto(narrowed.view(bits_KN.dtype), bits_KN[0], where=same_N)
             result = narrowed.view(np.uint8)
@@ -288,13 +290,14 @@ def _pick_integers(
 ) -> list[npt.NDArray[np.uint8]]:
     spec = snapshots.first.tensors[key]
     same_K = (block_KB == block_KB[0]).all(axis=1)
-    if not same_K.all() and spec.size > 1 and any(row.only is None for row in rows):
+    counts = spec.size == 1 or key.endswith("_extra_state")  # counters, and a layer's own notes
+    if not same_K.all() and not counts and any(row.only is None for row in rows):
         odd = snapshots.snapshots[int(np.argmin(same_K))]
         raise IncompatibleError(
             f"{odd.path}: '{key}' ({spec.dtype}, shape {spec.shape}) differs from the one in "
             f"{snapshots.first.path}; the mean of two index tables is not an index table",
             hint="if they are quantised weights, average the float ones; if they are another "
-            f"network's, leave the file out: --exclude '{odd.name}'",
+            f"network's, leave the file out: --exclude '{glob.escape(odd.name)}'",
         )
     return [block_KB[row.newest if row.only is None else row.only] for row in rows]
 
@@ -310,18 +313,19 @@ def _check_values(
         raise NotFiniteError(
             f"{snapshots.snapshots[bad].path}: '{key}' contains {what}",
             hint="the training diverged there; leave it out: "
-            f"--exclude '{snapshots.snapshots[bad].name}'",
+            f"--exclude '{glob.escape(snapshots.snapshots[bad].name)}'",
         )
     if key.endswith("running_var") and (values_KN < 0).any():
         bad = int(np.argmax((values_KN < 0).any(axis=1)))
         raise InputError(
             f"{snapshots.snapshots[bad].path}: '{key}' contains a negative variance",
-            hint=f"leave it out: --exclude '{snapshots.snapshots[bad].name}'",
+            hint=f"leave it out: --exclude '{glob.escape(snapshots.snapshots[bad].name)}'",
         )
 
 
 def _check_result(key: str, values: npt.NDArray[Any]) -> None:
-    wide = values.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # float8 has NaN that numpy warns of
+        wide = values.astype(np.float64)
     if not np.isfinite(wide).all():
         raise NotFiniteError(
             f"'{key}': the average does not fit into {values.dtype}",

@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import itertools
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,7 @@ from urllib.parse import parse_qsl
 from ensemblekit.errors import EnsembleKitError, UsageError, UserCodeError, listing
 
 _LIBRARIES = {"timm": "timm", "torchvision": "torchvision.models"}
+_MOST_NEIGHBOURS = 2000
 _FORMS = "FILE.py:NAME or package.module:NAME"
 
 
@@ -119,13 +121,19 @@ def load_data(text: str, split: str) -> Any:
 
 
 def fingerprint(text: str) -> str:
-    """A digest of the target's text and of the file behind it, for telling whether it changed."""
+    """A digest of the target's text and of the code and arrays behind it.
+
+    All Python files of the target's folder count, since it may import its neighbours.
+    """
     target = parse(text)
     digest = hashlib.sha256(text.encode())
     path = Path(target.where)
     if target.name and not target.where.endswith(".py"):
         path = Path(_module_file(target) or target.where)
     files = [path, *(Path(str(v)) for v in target.arguments.values() if isinstance(v, str))]
+    if target.name and path.is_file():
+        neighbours = path.resolve().parent.rglob("*.py")
+        files += sorted(itertools.islice(neighbours, _MOST_NEIGHBOURS))
     for file in files:
         if file.is_file():
             digest.update(file.read_bytes())

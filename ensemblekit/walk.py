@@ -15,10 +15,11 @@ from ensemblekit import containers
 from ensemblekit.errors import UsageError, listing
 
 # By these endings a file claims to be a checkpoint: if it cannot be read, that is an error.
-_CLAIMS = {".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".tar", ".pyth", ".model", ".th"}
+_CLAIMS = {".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".tar", ".pyth", ".th", ".pt2"}
 # Files that training tools put beside the weights.
 _SIDE_FILES = (
     *("optimizer*", "scheduler*", "scaler*", "random_states*", "rng_state*", "training_args.bin"),
+    *("criterion*", "*_optim_states.pt", "*.tmp", "*.part", "*.lock", "tokenizer.model"),
     *("*.json", "*.txt", "*.md", "*.csv", "*.yaml", "*.yml", "*.toml", "*.log", "*.py", "*.npz"),
     *("*.npy", "*.png", "*.jpg", "*.svg", "*.html", "*.onnx", "events.out.*", ".*"),
 )
@@ -46,6 +47,7 @@ class Place:
 class Passed:
     """A file that was not looked into, and why."""
 
+    path: Path
     name: str
     reason: str
 
@@ -78,7 +80,7 @@ def places(
         if pattern is None:
             kept.append(item)
         else:
-            passed.append(Passed(item.name, f"excluded by '{pattern}'"))
+            passed.append(Passed(item.path, item.name, f"excluded by '{pattern}'"))
     return kept, passed
 
 
@@ -110,7 +112,7 @@ def _search(folder: Path, top: Path, depth: int, passed: list[Passed]) -> list[P
         path = Path(entry.path)
         if _is_folder(entry):
             if reason := _why_not_enter(entry, depth):
-                passed.append(Passed(_shown(path, top), reason))
+                passed.append(Passed(path, _shown(path, top), reason))
                 continue
             below = _search(path, top, depth + 1, passed)
             if not below and path.suffix in _CLAIMS:
@@ -119,7 +121,7 @@ def _search(folder: Path, top: Path, depth: int, passed: list[Passed]) -> list[P
         elif entry.name in consumed:
             continue
         elif _is_side_file(entry.name):
-            passed.append(Passed(_shown(path, top), "not a checkpoint"))
+            passed.append(Passed(path, _shown(path, top), "not a checkpoint"))
         else:
             found.append(Place(path, _shown(path, top), top, claims=path.suffix in _CLAIMS))
     return found

@@ -58,9 +58,9 @@ _SELECTION = ("weights", "exclude", "last", "every", "from_step", "to_step", "be
     metavar="N",
     help="At most N training samples for BatchNorm.",
 )
-@click.option("--force", is_flag=True, help="Replace an existing output.")
-@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
-@click.option("--strict", is_flag=True, help="Treat a warning as a failure (exit 5).")
+@options.option("--force", is_flag=True, help="Replace an existing output.")
+@options.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@options.option("--strict", is_flag=True, help="Treat a warning as a failure (exit 5).")
 @options.JSON
 @click.pass_obj
 def command(
@@ -110,7 +110,7 @@ def command(
     if as_json:
         click.echo(json.dumps(result.to_json()))
     else:
-        _print(result, dry_run=dry_run, quiet=obj["quiet"])
+        _print(result, dry_run=dry_run, quiet=obj["quiet"], verbose=obj["verbose"])
     return 0
 
 
@@ -121,9 +121,9 @@ def _numbers(text: str) -> tuple[float, ...]:
         raise click.BadParameter(f"{text!r} is not a list of numbers such as 1,1,2") from error
 
 
-def _print(result: "AverageResult", *, dry_run: bool, quiet: bool) -> None:
+def _print(result: "AverageResult", *, dry_run: bool, quiet: bool, verbose: bool) -> None:
     uneven = len({s["coefficient"] for s in result.snapshots}) > 1
-    for snapshot in result.snapshots if dry_run or uneven else ():
+    for snapshot in result.snapshots if dry_run or uneven or verbose else ():
         step = "" if snapshot["step"] is None else f"  at {show.number(snapshot['step'])}"
         click.echo(f"{snapshot['coefficient']:.6g} x {snapshot['path']}{step}")
     if result.evaluation:
@@ -132,7 +132,7 @@ def _print(result: "AverageResult", *, dry_run: bool, quiet: bool) -> None:
         _note_weights(result)
         for text in result.warnings:
             show.warning(text)
-        _note_skipped(result)
+        _note_skipped(result, verbose=verbose)
     verb = "would average" if dry_run else "up to date:" if result.up_to_date else "averaged"
     norm = result.batch_norm
     statistics = {
@@ -172,8 +172,8 @@ def _note_weights(result: "AverageResult") -> None:
         )
 
 
-def _note_skipped(result: "AverageResult") -> None:
-    plain = [s for s in result.skipped if s["reason"] == "not a checkpoint"]
+def _note_skipped(result: "AverageResult", *, verbose: bool) -> None:
+    plain = [s for s in result.skipped if s["reason"] == "not a checkpoint" and not verbose]
     for item in result.skipped:
         if item not in plain:
             show.note(f"skipped {item['path']}: {item['reason']}")

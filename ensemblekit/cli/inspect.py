@@ -18,7 +18,7 @@ _DISTANCES = ("checkpoint", "to previous", "cosine to previous", "to mean")
 @click.command("inspect")
 @options.CHECKPOINTS
 @options.SELECTION
-@click.option("--deep", is_flag=True, help="Read everything: digests, checksums, NaN.")
+@options.option("--deep", is_flag=True, help="Read everything: digests, checksums, NaN.")
 @click.option(
     "--distances", is_flag=True, help="Distances and cosines between snapshots and to their mean."
 )

@@ -4,6 +4,7 @@ Input: `sys.argv`. `--help` and `--version` import neither torch nor numpy.
 """
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -77,10 +78,13 @@ def main() -> NoReturn:
 
 def run(argv: list[str]) -> int:
     """Run one command and return its exit code; see the table in the README."""
-    as_json = "--json" in argv
+    as_json = "--json" in argv or os.environ.get("ENSEMBLEKIT_JSON", "0") not in ("", "0", "false")
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed, as by `>&-`
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115  # until we end
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):  # names of files need not be text
+            stream.reconfigure(errors="backslashreplace")
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, _terminate)
     try:

@@ -107,7 +107,7 @@ MODEL: Callable[[Any], Any] = _stack(
     ),
 )
 
-JSON: Callable[[Any], Any] = click.option(
+JSON: Callable[[Any], Any] = option(
     "--json", "as_json", is_flag=True, help="Print one JSON object."
 )
 

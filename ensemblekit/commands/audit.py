@@ -76,10 +76,14 @@ def audit(
             rows.append(_row(item.snapshot, status="skipped", reason=item.reason, hashed=hashed))
         else:
             nothing = dict.fromkeys(_KEYS)
-            rows.append({**nothing, "path": item.name, "status": "skipped", "reason": item.reason})
+            rows.append(
+                {**nothing, "path": str(item.path), "status": "skipped", "reason": item.reason}
+            )
     errors = list(found.errors)
     if deep:
-        errors += [error for s in found.used if (error := _read_through(s)) is not None]
+        errors += [error for s in found.used if (error := _read_through([s])) is not None]
+        if not errors and found.used and (error := _read_through(found.used)):
+            errors.append(error)
     if with_distances and found.used and not errors:
         for row, distance in zip(rows, distances(SnapshotSet(found.used)), strict=False):
             row.update(asdict(distance))
@@ -89,10 +93,11 @@ def audit(
     return Audit(rows, problems, tuple(errors), found.ordered_by)
 
 
-def _read_through(snapshot: Snapshot) -> EnsembleKitError | None:
-    """What reading every value of a snapshot brings to light."""
+def _read_through(snapshots: Sequence[Snapshot]) -> EnsembleKitError | None:
+    """What reading every value brings to light; Inf is an error unless all have the same."""
     try:
-        weighted_sums(SnapshotSet((snapshot,)), [mean_row(1)], [lambda *_: None])
+        row = mean_row(len(snapshots))
+        weighted_sums(SnapshotSet(tuple(snapshots)), [row], [lambda *_: None])
     except EnsembleKitError as error:
         return error
     return None

@@ -19,7 +19,7 @@ from ensemblekit.commands.bn_plan import BN_POLICIES, BnPlan, plan_bn
 from ensemblekit.commands.model_options import ModelOptions
 from ensemblekit.commands.result import AverageResult, Measured, Progress
 from ensemblekit.discovery import discover
-from ensemblekit.errors import CheckFailedError, one_of
+from ensemblekit.errors import CheckFailedError, UsageError, one_of
 from ensemblekit.files import check_output
 from ensemblekit.selection import Selection
 from ensemblekit.snapshots import SnapshotSet, position
@@ -76,6 +76,11 @@ def average(
     snapshots = discover(*paths, selection=selection)
     options = options.with_model_from([s.facts.model_hint for s in snapshots.snapshots])
     row = averaging.rule(method)(snapshots, **(rule_options or {}))
+    if snapshots.ordered_by == "content" and len({*row.coefficients}) > 1:
+        raise UsageError(
+            "coefficients need an order, and neither the files nor their names tell one",
+            hint="number the files, oldest first",
+        )
     warnings = list(snapshots.warnings)
     plan = plan_bn(snapshots, row, bn, options, warnings)
     result = _described(snapshots, row, method, plan)
@@ -150,7 +155,7 @@ def _described(snapshots: SnapshotSet, row: Row, method: str, plan: BnPlan) -> A
         sha256=None,
         method=method,
         snapshots=used,
-        skipped=tuple({"path": s.name, "reason": s.reason} for s in snapshots.skipped),
+        skipped=tuple({"path": str(s.path), "reason": s.reason} for s in snapshots.skipped),
         tensors=len(snapshots.first.tensors),
         parameters=snapshots.first.parameters,
         batch_norm=_bn_json(plan, None),

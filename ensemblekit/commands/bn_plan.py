@@ -78,8 +78,9 @@ def _fresh(snapshots: SnapshotSet, layer: str) -> bool:
     """Whether the statistics are still as a new layer has them, in the newest snapshot."""
     prefix = f"{layer}." if layer else ""
     newest = snapshots.snapshots[-1].tensors
-    mean = read_array(newest[f"{prefix}running_mean"]).astype(np.float64)
-    variance = read_array(newest[f"{prefix}running_var"]).astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        mean = read_array(newest[f"{prefix}running_mean"]).astype(np.float64)
+        variance = read_array(newest[f"{prefix}running_var"]).astype(np.float64)
     return mean.size > 1 and bool((mean == 0).all() and (variance == 1).all())
 
 

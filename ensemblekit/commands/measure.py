@@ -5,6 +5,7 @@ Input: snapshots, a row, a model and data. Imported only when there is a model.
 
 import copy
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ from ensemblekit.predict import predict
 from ensemblekit.snapshots import SnapshotSet
 from ensemblekit.state import materialize
 from ensemblekit.targets import load_data, load_model
+
+_SMALL_BATCH = 128
 
 
 def measure(
@@ -91,6 +94,11 @@ def _recomputed(
         statistics[key] = rounded
     runner.set_buffers({mapping[key]: build.to_torch(v) for key, v in statistics.items()})
     notes = list(outcome.warnings)
+    if runner.options.batch_size < _SMALL_BATCH:
+        notes.append(
+            f"BatchNorm was recomputed in batches of {runner.options.batch_size}: deeper layers see "
+            f"batch-normalised inputs, so {_SMALL_BATCH} or more samples give better statistics"
+        )
     if left := sorted(_to_replace(plan) - set(statistics)):
         notes.append(
             f"{len(left)} running statistics belong to layers that are not torch's BatchNorm or "
@@ -152,17 +160,19 @@ class _Runner:
     def evaluate(self, candidate: str, batch_norm: str) -> list[Evaluation]:
         """Accuracy and NLL of the model as it is, on every labelled split."""
         found = []
-        plan = Plan(self.options.batch_size, None, self.options.limit, self.options.workers)
+        options = self.options
+        plan = Plan(options.batch_size, None, options.limit, options.workers, options.seed)
         for split, data in self.splits.items():
             if self.progress is not None:
                 self.progress(f"evaluating {candidate} on {split}", 0, None)
-            predictions = predict(
-                self.model,
-                batches(data.ready(), plan),
-                device=self.device,
-                autocast=self._autocast(),
-                logits_key=self.options.logits,
-            )
+            with self._precision() as autocast:
+                predictions = predict(
+                    self.model,
+                    batches(data.ready(), plan),
+                    device=self.device,
+                    autocast=autocast,
+                    logits_key=self.options.logits,
+                )
             found.append(
                 Evaluation(
                     candidate,
@@ -187,14 +197,15 @@ class _Runner:
             if self.progress is not None:
                 self.progress("recomputing BatchNorm", done, total)
 
-        return recompute_bn(
-            self.model,
-            batches(data, plan),
-            frozen=frozen,
-            device=self.device,
-            autocast=self._autocast(),
-            progress=report,
-        )
+        with self._precision() as autocast:
+            return recompute_bn(
+                self.model,
+                batches(data, plan),
+                frozen=frozen,
+                device=self.device,
+                autocast=autocast,
+                progress=report,
+            )
 
     def set_buffers(self, values: Mapping[str, Any]) -> None:
         """Copy values into the model's buffers."""
@@ -202,8 +213,18 @@ class _Runner:
         for key, value in values.items():
             buffers[key].copy_(value)
 
-    def _autocast(self) -> torch.dtype | None:
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.options.precision)
+    @contextmanager
+    def _precision(self) -> Iterator[torch.dtype | None]:
+        """The autocast type; TF32 is on if it was asked for and off otherwise, and put back."""
+        switches: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
+        before = [switch.allow_tf32 for switch in switches]
+        for switch in switches:
+            switch.allow_tf32 = self.options.precision == "tf32"
+        try:
+            yield {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.options.precision)
+        finally:
+            for switch, value in zip(switches, before, strict=True):
+                switch.allow_tf32 = value
 
 
 def _worse_on_val(recomputed: list[Evaluation], averaged: list[Evaluation]) -> bool:

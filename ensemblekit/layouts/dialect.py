@@ -11,6 +11,7 @@ from typing import Any
 from ensemblekit.containers import Inert, Tree
 from ensemblekit.layouts import Facts, Role, Weights
 from ensemblekit.layouts.tensors import facts_in, make_weights, number, tensors_in
+from ensemblekit.layouts.torch_dict import other_weights
 
 Match = Callable[[Tree, Path], bool]
 FindWeights = Callable[[Tree, Path], dict[str, Weights]]
@@ -52,7 +53,7 @@ def dialect(
             leaves = tensors_in(at(tree.root, place))
             if leaves:
                 found[place] = make_weights(leaves, role, is_average=role == "swa")
-        return found
+        return {**found, **other_weights(tree.root, known=found)}
 
     def find_facts(tree: Tree, path: Path) -> Facts:
         usual = facts_in(tree.root)

@@ -11,6 +11,7 @@ from typing import Any
 from ensemblekit.containers import Tree
 from ensemblekit.layouts import Facts, Weights
 from ensemblekit.layouts.tensors import facts_in, make_weights, number, tensors_in
+from ensemblekit.layouts.torch_dict import other_weights, role_of
 
 _MARK = "pytorch-lightning_version"
 
@@ -33,7 +34,10 @@ def weights(tree: Tree, path: Path) -> dict[str, Weights]:
         running = tensors_in(state.get("average_model_state")) if isinstance(state, dict) else None
         if running:
             found["average_model_state"] = make_weights(running, "swa", is_average=True)
-    return found
+        for key, value in state.items() if isinstance(state, dict) else ():
+            if isinstance(key, str) and role_of(key) == "ema" and (ema := tensors_in(value)):
+                found[key] = make_weights(ema, "ema")
+    return {**found, **other_weights(root, known=found)}
 
 
 def facts(tree: Tree, path: Path) -> Facts:

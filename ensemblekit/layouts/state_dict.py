@@ -8,18 +8,22 @@ from pathlib import Path
 from ensemblekit.containers import Tree
 from ensemblekit.layouts import Facts, Role, Weights
 from ensemblekit.layouts.tensors import facts_in, make_weights, tensors_in
+from ensemblekit.layouts.torch_dict import holders
 
 OUR_METADATA = "ensemblekit"
 
 
 def match(tree: Tree, path: Path) -> bool:
-    """Whether the outermost dict holds floating-point tensors."""
-    return isinstance(tree.root, dict) and tensors_in(tree.root) is not None
+    """Whether the outermost dict holds floating-point tensors, and no state dicts beside them."""
+    if not isinstance(tree.root, dict) or holders(tree.root):
+        return False
+    return tensors_in(tree.root) is not None
 
 
 def weights(tree: Tree, path: Path) -> dict[str, Weights]:
     """The one set of weights; an output of ours is known by its metadata to be an average."""
-    is_average = OUR_METADATA in tree.metadata
+    counted = "n_averaged" in tree.root  # torch's AveragedModel
+    is_average = OUR_METADATA in tree.metadata or counted
     role: Role = "swa" if is_average else "model"
     leaves = tensors_in(tree.root) or {}
     return {"model": make_weights(leaves, role, is_average=is_average)}

@@ -165,10 +165,14 @@ def _leaf(value: Any) -> Any:
 
 
 def _is_weight(leaf: Any) -> bool:
-    """Random states and counters are integer tensors; weights are not only that."""
+    """Random states and counters are integers, losses single numbers; weights are neither."""
     if isinstance(leaf, Unusable):
         return True
-    return isinstance(leaf, TensorSpec) and leaf.type.kind in ("float", "complex")
+    return (
+        isinstance(leaf, TensorSpec)
+        and leaf.type.kind in ("float", "complex")
+        and len(leaf.shape) > 0
+    )
 
 
 def _optimizer_lr(values: Mapping[Any, Any]) -> float | None:

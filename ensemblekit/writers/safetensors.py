@@ -25,6 +25,8 @@ def layout(signature: Signature, metadata: Mapping[str, str]) -> Layout:
     place = 0
     for key in order:
         shape, dtype = signature[key]
+        if not _is_unicode(key):
+            raise UnsupportedError(f"{key!r}: the name is not Unicode, safetensors cannot hold it")
         code = DTYPES[dtype].safetensors
         if code is None:
             raise UnsupportedError(f"'{key}': safetensors has no {dtype}")
@@ -40,3 +42,11 @@ def layout(signature: Signature, metadata: Mapping[str, str]) -> Layout:
     text += b" " * (-len(text) % 8)
     head = len(text).to_bytes(8, "little") + text
     return Layout(head, {key: (len(head) + start, n) for key, (start, n) in spans.items()})
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, out of a pickle
+        return False
+    return True

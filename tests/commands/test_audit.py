@@ -151,8 +151,6 @@ def test_deep_reads_every_value(kind: str, expected: str, tmp_path: Path) -> Non
 def test_deep_names_every_damaged_file(run: Path) -> None:
     for k in (1, 3):
         break_a_byte(run / f"epoch_{k}.pt", torch.full((4, 2), float(k)))
-        value = (run / f"epoch_{k}.pt").read_bytes()
-        assert value
     report = audit([run], Selection(weights="model"), deep=True)
     assert [Path(e.message.partition(":")[0]).name for e in report.errors] == [
         "epoch_1.pt",

@@ -1,6 +1,6 @@
 """Owns the registry: what a fault case is, and the good snapshots it starts from.
 
-The modules `hostile`, `damaged`, `content` and `usage` fill it. A case is usually two good
+The modules `hostile`, `damaged`, `others`, `content` and `usage` fill it. A case is usually two good
 snapshots and one bad, so that the error can be seen to name the bad one. `|` in a string that
 must be mentioned separates alternatives.
 """

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import pytest
 
-from . import content, damaged, hostile, usage  # noqa: F401 (they fill the registry)
+from . import content, damaged, hostile, others, usage  # noqa: F401 (they fill the registry)
 from .cases import CASES, Case, Site
 
 BUDGET_S = 2.0
