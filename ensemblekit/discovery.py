@@ -156,6 +156,7 @@ def _arrange(
             snapshots, more = _without_averages(snapshots)
             skipped.extend(more)
             check_same_role(snapshots)
+            _check_no_ranks(snapshots)
             snapshots, ordered_by = in_order(snapshots)
             snapshots, more = select(snapshots, selection, ordered_by)
             skipped.extend(more)
@@ -345,6 +346,20 @@ def check_same_role(snapshots: Sequence[Snapshot]) -> None:
         if common and first.variant != second.variant
         else f"leave one kind out, such as --exclude '{glob.escape(second.path.name)}'",
     )
+
+
+def _check_no_ranks(snapshots: Sequence[Snapshot]) -> None:
+    """Files of several ranks that differ are parts of one model, not snapshots of it."""
+    ranks = {
+        int(found[1]): s for s in snapshots if (found := re.search(r"rank[-_]?(\d+)", s.path.name))
+    }
+    if len(ranks) > 1:
+        first, second, *_ = ranks.values()
+        raise UnsupportedError(
+            f"{first.path} and {second.path} are parts that two ranks of a distributed run saved",
+            hint="gather the full weights before saving, or save with torch.distributed.checkpoint; "
+            "for independent runs name the files of one",
+        )
 
 
 def _run_of(snapshot: Snapshot, *, alone: bool) -> Path:

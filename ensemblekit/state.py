@@ -220,8 +220,8 @@ def _mix_floats(
         if m == 0:
             with np.errstate(invalid="ignore", over="ignore"):
                 moments.squares_K += np.einsum("kn,kn->k", values_KN, values_KN)
-                moments.products_K += values_KN @ mixed_N
-                moments.square += float(mixed_N @ mixed_N)
+                moments.products_K += np.einsum("kn,n->k", values_KN, mixed_N)
+                moments.square += float(np.einsum("n,n->", mixed_N, mixed_N))
         results.append(result)
     return results
 

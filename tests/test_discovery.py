@@ -73,8 +73,15 @@ def test_order(run: Path, make: Callable[[int], Any], ordered_by: str) -> None:
 
 def test_files_know_better_than_their_names(run: Path) -> None:
     for i, step in ((1, 30), (2, 20), (3, 10)):
-        save({"model": state(i), "step": step, "epoch": i}, run / f"net-{i}.pt")
+        save({"model": state(i), "step": step}, run / f"net-{i}.pt")
     assert names(discover(run)) == ["net-3.pt", "net-2.pt", "net-1.pt"]
+
+
+def test_steps_that_begin_anew_in_each_epoch_do_not_order(run: Path) -> None:
+    for i, step in ((1, 30), (2, 20), (3, 10)):
+        save({"model": state(i), "step": step, "epoch": i}, run / f"net-{i}.pt")
+    found = discover(run)
+    assert (found.ordered_by, names(found)) == ("epoch", ["net-1.pt", "net-2.pt", "net-3.pt"])
 
 
 def test_epoch_when_one_step_is_missing(run: Path) -> None:
@@ -168,11 +175,13 @@ def test_order_despite_a_mean_without_a_number(run: Path) -> None:
 
 
 def test_number_of_the_folder_for_one_file_only(tmp_path: Path) -> None:
-    """`best.pt` in `run7/` is taken for number 7, between the sixth and the eighth."""
+    """`best.pt` in `run7/` has no number, and is not between the sixth and the eighth."""
     for i in (6, 8):
         save(state(i), tmp_path / "run7" / f"net-{i}.pt")
     save(state(99), tmp_path / "run7" / "best.pt")
-    assert discover(tmp_path / "run7").ordered_by == "content"
+    found = discover(tmp_path / "run7")
+    assert (found.ordered_by, names(found)) == ("number", ["best.pt", "net-6.pt", "net-8.pt"])
+    assert any("best.pt" in warning for warning in found.warnings)
 
 
 # --- the same weights count once

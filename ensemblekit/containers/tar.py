@@ -10,7 +10,7 @@ from typing import Any
 
 from ensemblekit import containers
 from ensemblekit.containers import Extent, Tree, Unusable, checked_spec, pickle_vm
-from ensemblekit.containers.pickle_globals import Global
+from ensemblekit.containers.pickle_globals import Global, brief
 from ensemblekit.dtypes import DTYPES, STORAGES
 from ensemblekit.errors import DamagedError, UnsupportedError, listing
 from ensemblekit.files import Readable, Window
@@ -128,7 +128,7 @@ class _OldTorch:
         def tensor(identity: Any) -> Any:
             if isinstance(identity, tuple) and identity:
                 return identity[0]  # a module's class, with its source behind it
-            return self.tensors.get(str(identity), Unusable("is missing", _HINT, damaged=True))
+            return self.tensors.get(_key(identity), Unusable("is missing", _HINT, damaged=True))
 
         return pickle_vm.load_prefix(
             data, where=str(member.path), storage=pickle_vm.no_storage, persistent=tensor
@@ -145,20 +145,22 @@ class _OldTorch:
             nbytes = numel * DTYPES[dtype].itemsize
             table.skip(nbytes)
             extent = Extent(member, start, nbytes, None)
-            self.storages[str(key)] = (extent, dtype)
+            self.storages[_key(key)] = (extent, dtype)
         for key, root, offset, numel in table.pickled():
-            whole, dtype = self.storages[str(root)]
+            whole, dtype = self.storages[_key(root)]
+            if not type(offset) is type(numel) is int:
+                raise ValueError("a view without a place")
             start, nbytes = (n * DTYPES[dtype].itemsize for n in (offset, numel))
             if start < 0 or nbytes < 0 or start + nbytes > whole.nbytes:
                 raise ValueError(f"a view of {numel} elements at {offset}")
             part = whole._replace(start=whole.start + start, nbytes=nbytes)
-            self.storages[str(key)] = (part, dtype)
+            self.storages[_key(key)] = (part, dtype)
 
     def _read_tensors(self) -> None:
         table = _Table(self.members["tensors"])
         for _ in range(table.pickled_count()):
             key, storage, _kind = table.pickled()
-            extent, dtype = self.storages[str(storage)]
+            extent, dtype = self.storages[_key(storage)]
             dimensions = table.unpack("<i")
             table.skip(4)
             if not 0 <= dimensions <= 64:
@@ -166,7 +168,7 @@ class _OldTorch:
             shape = tuple(table.unpack("<q") for _ in range(dimensions))
             stride = tuple(table.unpack("<q") for _ in range(dimensions))
             offset = table.unpack("<q")
-            self.tensors[str(key)] = checked_spec(
+            self.tensors[_key(key)] = checked_spec(
                 dtype=dtype, shape=shape, stride=stride, offset=offset, extent=extent
             )
 
@@ -197,7 +199,7 @@ class _Table:
     def pickled_count(self) -> int:
         count = self.pickled()
         if type(count) is not int or not 0 <= count <= self.member.size:
-            raise ValueError(f"a count of {count}")
+            raise ValueError(f"a count of {brief(count)}")
         return count
 
     def unpack(self, form: str) -> int:
@@ -210,6 +212,11 @@ class _Table:
         if length < 0 or self.place + length > self.member.size:
             raise ValueError(f"{length} bytes at {self.place} of {self.member.size}")
         self.place += length
+
+
+def _key(value: Any) -> str:
+    """A storage or tensor is known by a number, which the object's pickle writes as text."""
+    return str(value) if isinstance(value, int | str) else ""
 
 
 def _is_old_header(block: bytes) -> bool:

@@ -60,7 +60,7 @@ def test_json(work: Path) -> None:
     assert value["sha256"] == sha256(work / "out.safetensors")
     assert numbers_of(files_of(value)) == [1, 2, 3, 4, 5, 6]
     assert all({"path", "step", "coefficient"} <= item.keys() for item in value["snapshots"])
-    assert value["skipped"] == [{"path": "notes.txt", "reason": "not a checkpoint"}]
+    assert value["skipped"] == [{"path": "ckpts/notes.txt", "reason": "not a checkpoint"}]
     assert value["batch_norm"].items() >= {"layers": 0, "policy": "none", "samples": 0}.items()
     manifest = json.loads((work / "out.safetensors.json").read_text())
     assert manifest["command"] == [

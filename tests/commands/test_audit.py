@@ -196,8 +196,10 @@ def test_early_training(first: int, advised: int | None, tmp_path: Path) -> None
 
 
 def test_several_runs_in_one_folder(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        write_series(tmp_path / name)
+    write_series(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    for n in (1, 2, 3):
+        write_safetensors(tmp_path / "b" / f"snap_{n}.safetensors", make_arrays(n + 10))
     report = audit([tmp_path])
     [error] = report.errors
     assert error.exit_code == 3

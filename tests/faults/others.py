@@ -37,7 +37,9 @@ add_file("control", "nemo", lambda _: nemo(torch_file(3)), exits=0)
 for name, make in {**GOOD, "nemo": lambda step: nemo(torch_file(step))}.items():
     for tenth in (1, 3, 5, 7, 9):
         add_file(
-            "cut", f"{name}-{tenth}", lambda _, m=make, t=tenth: (d := m(3))[: len(d) * t // 10]
+            "cut",
+            f"{name}-{tenth}",
+            lambda _, m=make, t=tenth: (d := m(3).rstrip(b"\0"))[: len(d) * t // 10],
         )
     if name in ("legacy", "raw"):
         add_file("cut", f"{name}-last-byte", lambda _, m=make: m(3)[:-1])
@@ -164,7 +166,7 @@ add_file("raw", "bomb-nested", lambda _: raw_file(3, extra=nested_bomb()), exits
 W = torch_file(3)
 TARS: dict[str, tuple[Callable[[], bytes], int | tuple[int, ...]]] = {
     "none": (lambda: tar_bytes(member("readme.txt", b"hello")), BAD),
-    "empty": (lambda: tar_bytes(), BAD),
+    "empty": (tar_bytes, BAD),
     "two-checkpoints": (lambda: nemo(W, member("other.pt", W)), BAD),
     "member-twice": (lambda: nemo(W, member("weights.ckpt", W)), BAD),
     "member-twice-by-dot": (lambda: nemo(W, member("./weights.ckpt", W)), BAD),

@@ -75,6 +75,13 @@ def state_in(path: Path) -> State:
     return copied(torch.load(path, weights_only=True))
 
 
+def averaged(run: Path) -> State:
+    """The average, by way of a file."""
+    load = pytest.importorskip("safetensors.torch").load_file
+    average(run, run.with_suffix(".safetensors"))
+    return copied(load(run.with_suffix(".safetensors")))
+
+
 # ---------------------------------------------------------------------------------- transformers
 
 
@@ -188,7 +195,7 @@ def test_accelerate(safe: bool, tmp_path: Path) -> None:
 
 
 def lightning_module(lightning: Any) -> Any:
-    class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
+    class Module(lightning.LightningModule):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.net = net()
@@ -219,14 +226,13 @@ def fit(lightning: Any, folder: Path, *callbacks: Any, epochs: int = 3) -> Any:
     return module
 
 
-def load_lightning(lightning: Any, average_path: Path, template: Path) -> State:
+def load_lightning(lightning: Any, weights: State, template: Path) -> State:
     """Back through Lightning's own loader, in a checkpoint of its own."""
     checkpoint = torch.load(template, weights_only=False)
-    checkpoint["state_dict"] = torch.load(average_path, weights_only=True)
-    torch.save(checkpoint, average_path.with_suffix(".ckpt"))
+    path = template.with_name("averaged.ckpt")
+    torch.save({**checkpoint, "state_dict": weights}, path)
     module = lightning_module(lightning)
-    cls = type(module)
-    loaded = cls.load_from_checkpoint(average_path.with_suffix(".ckpt"), weights_only=False)
+    loaded = type(module).load_from_checkpoint(path, weights_only=False)
     return copied(loaded.state_dict())
 
 
@@ -243,9 +249,7 @@ def test_lightning(tmp_path: Path) -> None:
     assert [i.name for i in found.skipped] == ["last.ckpt"]
     paths = [s.path for s in found.snapshots]
     members = [copied(torch.load(p, weights_only=False)["state_dict"]) for p in paths]
-    out = tmp_path / "out.pt"
-    average(tmp_path / "run", out)
-    assert_mean(load_lightning(lightning, out, paths[0]), members)
+    assert_mean(load_lightning(lightning, averaged(tmp_path / "run"), paths[0]), members)
 
 
 def test_lightning_ema(tmp_path: Path) -> None:
@@ -297,10 +301,8 @@ def test_ignite(tmp_path: Path) -> None:
     trainer.run([0, 1], max_epochs=11)
     found = discover(tmp_path / "run")
     assert [s.facts.step for s in found.snapshots] == list(range(2, 23, 2))
-    out = tmp_path / "out.pt"
-    average(tmp_path / "run", out)
     fresh = net()
-    handlers.Checkpoint.load_objects({"model": fresh}, state_in(out))
+    handlers.Checkpoint.load_objects({"model": fresh}, averaged(tmp_path / "run"))
     assert_mean(fresh.state_dict(), members)
 
 
@@ -320,9 +322,8 @@ def test_skorch(tmp_path: Path) -> None:
     members = [state_in(path) for path in paths]
     found = discover(tmp_path / "run")
     assert [s.path.name for s in found.snapshots] == [path.name for path in paths]
-    out = tmp_path / "out.pt"
-    average(tmp_path / "run", out)
-    model.load_params(f_params=str(out))
+    torch.save(averaged(tmp_path / "run"), tmp_path / "params.pt")
+    model.load_params(f_params=str(tmp_path / "params.pt"))
     assert_mean(model.module_.state_dict(), members)
 
 
@@ -367,12 +368,10 @@ def test_torchvision(tmp_path: Path) -> None:
     for epoch in (8, 9, 10):  # as references/classification/train.py does
         members.append(move(model, epoch))
         parts = {"model": model, "optimizer": optimizer, "lr_scheduler": schedule}
-        value = {**{k: v.state_dict() for k, v in parts.items()}, "epoch": epoch, "args": None}
-        torch.save({**value, "args": {"model": "x"}}, tmp_path / f"run/model_{epoch}.pth")
-    out = tmp_path / "out.pth"
-    average(tmp_path / "run", out)
+        value = {**{k: v.state_dict() for k, v in parts.items()}, "epoch": epoch, "args": {}}
+        torch.save(value, tmp_path / f"run/model_{epoch}.pth")
     fresh = models.shufflenet_v2_x0_5(num_classes=3)
-    fresh.load_state_dict(state_in(out))
+    fresh.load_state_dict(averaged(tmp_path / "run"))
     assert_mean(fresh.state_dict(), members)
 
 
@@ -387,8 +386,6 @@ def test_ultralytics(tmp_path: Path) -> None:
         members.append(copied(half.state_dict()))
         value = {"epoch": epoch, "model": None, "ema": half, "train_args": {}, "version": "8"}
         torch.save(value, tmp_path / f"run/epoch{epoch}.pt")
-    out = tmp_path / "out.pt"
-    average(tmp_path / "run", out)
     fresh = copy.deepcopy(model).half()
-    fresh.load_state_dict(state_in(out))
+    fresh.load_state_dict(averaged(tmp_path / "run"))
     assert_mean(fresh.state_dict(), members)
