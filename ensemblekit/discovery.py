@@ -39,6 +39,7 @@ from ensemblekit.snapshots import (
     skipped,
 )
 
+_LAST = {"last", "latest", "final"}
 _COUNTING = "epoch|ep|step|steps|iter|iteration|checkpoint|ckpt|snapshot|cycle|round"
 _NUMBER = r"(\d+)([kKmM](?![a-zA-Z0-9]))?"
 _SUFFIXES = {"": 1, "k": 1000, "m": 1_000_000}
@@ -108,7 +109,7 @@ def examine(checkpoints: Sequence[str | os.PathLike[str]], selection: Selection)
             else:
                 skipped.append(Skipped(place.path, place.name, "holds no model weights"))
         except UnsupportedError as error:
-            if place.claims:
+            if place.claims and not (place.found_in and place.path.suffix in walk.PICKLES):
                 errors.append(error)
             else:
                 skipped.append(Skipped(place.path, place.name, "not a checkpoint"))
@@ -216,8 +217,18 @@ def in_order(snapshots: Iterable[Snapshot]) -> tuple[list[Snapshot], str]:
             silent = [s for s in items if key(s) is None]
             tells = len({key(s) for s in stated}) > 1 or len(items) == 1
             if tells and len(stated) >= most:
-                return _sorted(silent, lambda _: 0) + _sorted(stated, key), name
-    return _sorted(items, lambda _: 0), "content"
+                early = [s for s in silent if not _is_last(s)]
+                late = [s for s in silent if _is_last(s)]
+                return _by_content(early) + _sorted(stated, key) + _by_content(late), name
+    return _by_content(items), "content"
+
+
+def _by_content(items: list[Snapshot]) -> list[Snapshot]:
+    return _sorted(items, lambda _: 0)
+
+
+def _is_last(snapshot: Snapshot) -> bool:
+    return not _LAST.isdisjoint(words_in(snapshot.path.name))
 
 
 def _epochs_contradict_steps(snapshots: list[Snapshot]) -> bool:
@@ -303,7 +314,10 @@ def _order_warnings(snapshots: list[Snapshot], ordered_by: str) -> list[str]:
     found = []
     silent = [s.name for s in snapshots if position(s, ordered_by) is None]
     if silent:
-        found.append(f"no {ordered_by} is known of {listing(silent)}; taken for the oldest")
+        found.append(
+            f"no {ordered_by} is known of {listing(silent)}; sorted by name: last ones last, "
+            "others first"
+        )
     places = Counter(position(s, ordered_by) for s in snapshots)
     if twice := [s.name for s in snapshots if places[position(s, ordered_by)] > 1 and not silent]:
         found.append(f"different weights state the same {ordered_by}: {listing(twice)}")
@@ -365,7 +379,7 @@ def _check_no_ranks(snapshots: Sequence[Snapshot]) -> None:
 def _run_of(snapshot: Snapshot, *, alone: bool) -> Path:
     """The folder of the run: numbered folders with one file (`checkpoint-500/`) are snapshots."""
     folder = snapshot.path.parent
-    inside = not snapshot.path.is_dir() and folder != snapshot.found_in
+    inside = folder != snapshot.found_in
     return folder.parent if inside and alone and _numbers(folder.name) else folder
 
 
@@ -375,6 +389,8 @@ def _with_numbers(snapshots: list[Snapshot]) -> list[Snapshot]:
     Numbers that all share at the front (`vgg16_epoch_3`) say nothing about the order.
     """
     own = [_numbers(s.path.name if s.path.is_dir() else _stem(s.path.name)) for s in snapshots]
+    if len(snapshots) > 1 and len({s.path.name for s in snapshots}) == 1:
+        own = [() for _ in snapshots]  # the same name in every folder counts nothing
     numbered = {s.path.parent for s, numbers in zip(snapshots, own, strict=True) if numbers}
     folders = {(s.found_in, s.path.parent) for s in snapshots}
     for i, snapshot in enumerate(snapshots):

@@ -15,11 +15,21 @@ from ensemblekit import containers
 from ensemblekit.errors import UsageError, listing
 
 # By these endings a file claims to be a checkpoint: if it cannot be read, that is an error.
-_CLAIMS = {".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".tar", ".pyth", ".th", ".pt2"}
+_CLAIMS = {".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".tar", ".pyth", ".th", ".pt2", ".nemo"}
+# These claim to be pickles, of whatever.
+PICKLES = {".pkl", ".pickle"}
 # Files that training tools put beside the weights.
 _SIDE_FILES = (
     *("optimizer*", "scheduler*", "scaler*", "random_states*", "rng_state*", "training_args.bin"),
-    *("criterion*", "*_optim_states.pt", "*.tmp", "*.part", "*.lock", "tokenizer.model"),
+    *(
+        "criterion*",
+        "*_optim_states.pt",
+        "*.tmp",
+        "*.part",
+        "*.lock",
+        "tokenizer.model",
+        "custom_checkpoint_*",
+    ),
     *("*.json", "*.txt", "*.md", "*.csv", "*.yaml", "*.yml", "*.toml", "*.log", "*.py", "*.npz"),
     *("*.npy", "*.png", "*.jpg", "*.svg", "*.html", "*.onnx", "events.out.*", ".*"),
 )
@@ -123,7 +133,9 @@ def _search(folder: Path, top: Path, depth: int, passed: list[Passed]) -> list[P
         elif _is_side_file(entry.name):
             passed.append(Passed(path, _shown(path, top), "not a checkpoint"))
         else:
-            found.append(Place(path, _shown(path, top), top, claims=path.suffix in _CLAIMS))
+            found.append(
+                Place(path, _shown(path, top), top, claims=path.suffix in _CLAIMS | PICKLES)
+            )
     return found
 
 

@@ -119,7 +119,10 @@ class NoWeightsError(UnsupportedError):
 
 def _is_side_state(root: Any) -> bool:
     keys = {*_SIDE_KEYS, "python", "numpy", "random_state", "torch_manual_seed"}
-    return isinstance(root, dict) and not keys.isdisjoint(k for k in root if isinstance(k, str))
+    if not isinstance(root, dict):
+        return False
+    found = {key for key in root if isinstance(key, str)}
+    return not keys.isdisjoint(found) or (bool(found) and found <= {"optimizer", "optimizers"})
 
 
 def choose(weights: Mapping[str, Weights], wanted: str, path: Path) -> str:

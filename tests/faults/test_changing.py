@@ -54,14 +54,20 @@ def attempts(kind: str, name: str, folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("kind, name", RUNS)
 def test_change_at_any_read(kind: str, name: str, tmp_path: Path) -> None:
-    """The average of what was there first, or an error and no output; never a mixture."""
+    """The average of what was there first, or an error and no output; never a mixture.
+
+    At the first read the changed file is not open yet: a sound one in its place is simply taken.
+    """
     found = attempts(kind, name, tmp_path)
     honest, *changed = found
     assert honest["code"] == 0
     assert len(changed) > 5, "the driver sees the reads"
     for row in changed:
         assert row["code"] in (0, 3), row
-        assert row["output"] == (honest["output"] if row["code"] == 0 else None), row
+        sound = (
+            {honest["output"]} if kind != "replace" else {honest["output"], changed[0]["output"]}
+        )
+        assert row["output"] in (sound if row["code"] == 0 else {None}), row
         assert row["code"] == 0 or not row["left"], row
     refused = [row for row in changed if row["code"] == 3]
     assert refused or kind == "delete"

@@ -485,7 +485,7 @@ def accelerate(folder: Path) -> Expected:
         save(scheduler(0.5, n), own / "scheduler.bin")
         save({"scale": 65536.0, "growth_factor": 2.0}, own / "scaler.pt")
         save({"step": n, "random_state": (3, (1, 2), None)}, own / "random_states_0.pkl")
-        save({"counter": n}, own / "custom_checkpoint_0.pkl")
+        save({"shadow": torch.full((2,), float(n))}, own / "custom_checkpoint_0.pkl")
     names = tuple(f"checkpoints/checkpoint_{n}/model.safetensors" for n in EPOCHS)
     side = ("optimizer.bin", "scheduler.bin", "scaler.pt", "random_states_0.pkl")
     skipped = dict.fromkeys((f"checkpoints/checkpoint_8/{name}" for name in side), "")
@@ -495,14 +495,16 @@ def accelerate(folder: Path) -> Expected:
 # --------------------------------------------------------------------------- torch.distributed, ZeRO
 
 
-def _dcp(folder: Path, wrap: Callable[[int], dict[str, Any]]) -> tuple[str, ...]:
+def _dcp(
+    folder: Path, wrap: Callable[[int], dict[str, Any]], name: str = "step-{}"
+) -> tuple[str, ...]:
     from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
     for step in HF_STEPS:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # there is one process only
-            dcp_save(wrap(step), checkpoint_id=folder / f"step-{step}")
-    return tuple(f"step-{step}" for step in HF_ORDER)
+            dcp_save(wrap(step), checkpoint_id=folder / name.format(step))
+    return tuple(name.format(step) for step in HF_ORDER)
 
 
 @writer("dcp", "torch-dict", "torch.distributed.checkpoint.save (the real one)")
@@ -520,6 +522,15 @@ def dcp_app(folder: Path) -> Expected:
 @writer("dcp-root", "state-dict", "the same, with a bare model")
 def dcp_root(folder: Path) -> Expected:
     return Expected(_dcp(folder, state), states(*HF_ORDER))
+
+
+@writer("accelerate-fsdp", "torch-dict", "accelerate.utils.fsdp_utils, SHARDED_STATE_DICT")
+def accelerate_fsdp(folder: Path) -> Expected:
+    _dcp(folder, lambda n: {"model": state(n)}, "checkpoint_{}/pytorch_model_fsdp_0")
+    _dcp(folder, lambda n: {"optimizer": sgd(0.5)}, "checkpoint_{}/optimizer_0")
+    names = tuple(f"checkpoint_{n}/pytorch_model_fsdp_0" for n in HF_ORDER)
+    skipped = {"checkpoint_90/optimizer_0": "holds no model weights"}
+    return Expected(names, states(*HF_ORDER), skipped=skipped)
 
 
 def _deepspeed(step: int, weights: State) -> dict[str, Any]:
