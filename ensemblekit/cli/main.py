@@ -4,6 +4,7 @@ Input: `sys.argv`. `--help` and `--version` import neither torch nor numpy.
 """
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -73,6 +74,7 @@ def cli(ctx: click.Context, config: str | None, verbose: bool, quiet: bool) -> N
 
 def main() -> NoReturn:
     """Run the command line and leave the process with its exit code."""
+    gc.set_threshold(200_000, 50, 100)  # descriptions of many tensors are no cycles to look for
     sys.exit(run(sys.argv[1:]))
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ensemblekit.containers import Tree
+from ensemblekit.containers import Inert, Tree
 from ensemblekit.layouts import Facts, Role, Weights
 from ensemblekit.layouts.tensors import facts_in, make_weights, tensors_in
 
@@ -56,7 +56,9 @@ def holders(root: dict[Any, Any]) -> dict[str, dict[str, Any]]:
     """State dicts and modules at the top, by key."""
     found: dict[str, dict[str, Any]] = {}
     for key, value in root.items():
-        if not isinstance(key, str) or any(part in key.lower() for part in _NOT_WEIGHTS):
+        if not isinstance(value, dict | Inert) or not isinstance(key, str):
+            continue
+        if any(part in key.lower() for part in _NOT_WEIGHTS):
             continue
         leaves = tensors_in(value)
         if leaves is not None:

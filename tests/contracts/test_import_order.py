@@ -54,6 +54,7 @@ ABOVE = [
     "snapshots",
     "walk",
     "duplicates",
+    "ordering",
     "schedule",
     "selection",
     "discovery",
