@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ensemblekit.containers import Tree
 from ensemblekit.layouts import Facts, Role, Weights
-from ensemblekit.layouts.tensors import facts_in, make_weights, tensors_in
+from ensemblekit.layouts.tensors import facts_in, has_weights, make_weights, tensors_in
 from ensemblekit.layouts.torch_dict import holders
 
 OUR_METADATA = "ensemblekit"
@@ -17,7 +17,7 @@ def match(tree: Tree, path: Path) -> bool:
     """Whether the outermost dict holds floating-point tensors, and no state dicts beside them."""
     if not isinstance(tree.root, dict) or holders(tree.root):
         return False
-    return tensors_in(tree.root) is not None
+    return has_weights(tree.root) or tensors_in(tree.root) is not None
 
 
 def weights(tree: Tree, path: Path) -> dict[str, Weights]:

@@ -54,6 +54,12 @@ def tensors_in(value: Any, depth: int = 0) -> dict[str, Any] | None:
     return None
 
 
+def has_weights(leaves: Mapping[str, Any]) -> bool:
+    """Whether a dict is a state dict itself; it is not opened further."""
+    named = all(isinstance(key, str) for key in leaves)
+    return named and any(_is_weight(_leaf(leaf)) for leaf in leaves.values())
+
+
 def is_module(value: Any) -> bool:
     """Whether an inert object was an `nn.Module`."""
     return isinstance(value, Inert) and {"_parameters", "_modules"} <= set(value.attributes())
