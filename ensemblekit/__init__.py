@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from ensemblekit.candidates import Row as Row
     from ensemblekit.commands.audit import audit as audit
     from ensemblekit.commands.average import average as average
-    from ensemblekit.commands.model_options import ModelOptions as ModelOptions
     from ensemblekit.commands.result import AverageResult as AverageResult
     from ensemblekit.discovery import discover as discover
     from ensemblekit.errors import EnsembleKitError as EnsembleKitError
+    from ensemblekit.options import ModelOptions as ModelOptions
     from ensemblekit.selection import Selection as Selection
     from ensemblekit.snapshots import Snapshot as Snapshot
     from ensemblekit.snapshots import SnapshotSet as SnapshotSet
@@ -27,7 +27,7 @@ _PUBLIC: dict[str, str] = {
     "AverageResult": "ensemblekit.commands.result",
     "Candidate": "ensemblekit.candidates",
     "EnsembleKitError": "ensemblekit.errors",
-    "ModelOptions": "ensemblekit.commands.model_options",
+    "ModelOptions": "ensemblekit.options",
     "Row": "ensemblekit.candidates",
     "Selection": "ensemblekit.selection",
     "Snapshot": "ensemblekit.snapshots",

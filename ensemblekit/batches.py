@@ -3,9 +3,10 @@
 Input: what a data target returned, or what a Python caller hands over.
 """
 
+import hashlib
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,16 @@ class Batch:
             inputs = tuple(_move(value, device) for value in self.inputs)
         return Batch(inputs, _move(self.target, device), self.size)
 
+    def only(self, mask_N: torch.Tensor) -> "Batch":
+        """The samples where the mask is true."""
+        if bool(mask_N.all()):
+            return self
+        if isinstance(self.inputs, dict):
+            inputs: Any = {k: _choose(v, self.size, mask_N) for k, v in self.inputs.items()}
+        else:
+            inputs = tuple(_choose(value, self.size, mask_N) for value in self.inputs)
+        return Batch(inputs, _choose(self.target, self.size, mask_N), int(mask_N.sum()))
+
     def head(self, count: int) -> "Batch":
         """The first `count` samples."""
         if count >= self.size:
@@ -61,6 +72,7 @@ class Plan:
         limit: At most so many samples, a seeded random subset of map-style data.
         workers: Processes that load map-style data.
         seed: Of the subset that `limit` takes, where the order is the stored one.
+        part: (rank, size): only the batches rank, rank + size, ... of that order.
     """
 
     batch_size: int = 128
@@ -68,6 +80,7 @@ class Plan:
     limit: int | None = None
     workers: int = 0
     seed: int = 0
+    part: tuple[int, int] = (0, 1)
 
 
 def count(data: Any, plan: Plan) -> int | None:
@@ -84,7 +97,9 @@ def batches(data: Any, plan: Plan) -> Iterator[Batch]:
     Raises:
         InputError: The data are empty, or a batch has no known form.
     """
-    done = 0
+    done = place = 0
+    rank, size = plan.part
+    indexed = _has_indices(data)  # then only our own part is loaded
     with user_code("the data"):
         stream = iter(_raw_batches(data, plan))
     while plan.limit is None or done < plan.limit:
@@ -98,9 +113,67 @@ def batches(data: Any, plan: Plan) -> Iterator[Batch]:
         if plan.limit is not None:
             batch = batch.head(plan.limit - done)
         done += batch.size
-        yield batch
-    if done == 0:
+        if indexed or place % size == rank:
+            yield batch
+        place += 1
+    if done == 0 and size == 1:
         raise InputError("the data are empty: no sample came out of them")
+
+
+def digest(batch: Batch) -> bytes:
+    """16 bytes that stand for the inputs and labels of a batch."""
+    state = hashlib.blake2b(digest_size=16)
+    named = batch.inputs.items() if isinstance(batch.inputs, dict) else enumerate(batch.inputs)
+    for name, value in (*named, ("target", batch.target)):
+        if isinstance(value, torch.Tensor):
+            state.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            if flat.numel():
+                state.update(flat.view(torch.uint8).numpy().data)
+        else:
+            state.update(f"{name}\0{value!r}\0".encode())
+    return state.digest()
+
+
+def check_repeatable(data: Any, again: Callable[[], Any], plan: Plan, *, what: str) -> Batch:
+    """The first batch of data that give the same samples in the same order each time.
+
+    Args:
+        data: Anything that `batches` takes.
+        again: Gives the same data anew, at their beginning.
+        plan: How to walk.
+        what: The data's name in errors.
+
+    Raises:
+        InputError: They are shuffled, drop their last batch, or change from walk to walk.
+    """
+    if isinstance(data, torch.utils.data.DataLoader):
+        sampler: Any = data.sampler
+        if isinstance(sampler, torch.utils.data.RandomSampler):
+            raise InputError(
+                f"the {what} data are a DataLoader that shuffles: members would not see the same "
+                "samples in the same order",
+                hint="DataLoader(..., shuffle=False), or return the Dataset itself",
+            )
+        dataset = data.dataset
+        if data.drop_last and isinstance(dataset, Sized) and data.batch_size:
+            left = len(dataset) % data.batch_size
+            if left:
+                raise InputError(
+                    f"the {what} data are a DataLoader with drop_last=True: {left} of "
+                    f"{len(dataset)} samples would never be predicted",
+                    hint="DataLoader(..., drop_last=False), or return the Dataset itself",
+                )
+    plan = replace(plan, part=(0, 1))
+    first = next(batches(data, plan))
+    second = next(batches(again(), plan))
+    if digest(first) != digest(second):
+        raise InputError(
+            f"the {what} data are not the same when they are read twice: they are shuffled or "
+            "randomly augmented, and predictions of different members would not belong together",
+            hint="no shuffling and no random augmentation for validation and test data",
+        )
+    return first
 
 
 def forward(model: torch.nn.Module, batch: Batch) -> Any:
@@ -197,6 +270,13 @@ def _raw_batches(data: Any, plan: Plan) -> Iterable[Any]:
     )
 
 
+def _has_indices(data: Any) -> bool:
+    """Whether `_index_batches` chooses what is loaded."""
+    if isinstance(data, torch.Tensor | np.ndarray) or _is_arrays(data):
+        return True
+    return not isinstance(data, torch.utils.data.IterableDataset) and _is_map_style(data)
+
+
 def _array_batches(data: Sequence[Any], plan: Plan) -> Iterator[Any]:
     arrays = [_tensor(part) for part in data]
     for indices in _index_batches(len(arrays[0]), plan):
@@ -219,7 +299,8 @@ def _index_batches(total: int, plan: Plan) -> list[list[int]]:
     ]
     if len(found) > 1 and len(found[-1]) == 1:  # BatchNorm cannot see one sample's statistics
         found[-2:] = [found[-2] + found[-1]]
-    return found
+    rank, size = plan.part
+    return found[rank::size]
 
 
 def _length(data: Any) -> int | None:
@@ -275,6 +356,11 @@ def _labels(value: Any) -> Any:
 def _cut(value: Any, size: int, count: int) -> Any:
     per_sample = isinstance(value, torch.Tensor) and value.ndim and len(value) == size
     return value[:count] if per_sample else value
+
+
+def _choose(value: Any, size: int, mask_N: torch.Tensor) -> Any:
+    per_sample = isinstance(value, torch.Tensor) and value.ndim and len(value) == size
+    return value[mask_N.to(value.device)] if per_sample else value
 
 
 def _move(value: Any, device: torch.device) -> Any:

@@ -6,9 +6,9 @@ section 3.2).
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ensemblekit.batches import Batch, forward
+from ensemblekit.distributed import World
 from ensemblekit.errors import InputError, NotFiniteError
 
 Progress = Callable[[int], None]
@@ -60,6 +61,12 @@ class _Pool:
             self.deviations_C + other.deviations_C + shift_C**2 * (self.count * other.count / total)
         )
         self.count = total
+
+    def to(self, device: str) -> "_Pool":
+        """The same pool elsewhere."""
+        return replace(
+            self, mean_C=self.mean_C.to(device), deviations_C=self.deviations_C.to(device)
+        )
 
 
 def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -106,32 +113,97 @@ def recompute_bn(
         InputError: No layers, no data, batches of a single value, or labels instead of inputs.
         NotFiniteError: NaN or Inf in a layer's input.
     """
-    every = norm_layers(model)
+    (found,) = recompute_all(
+        [model], batches, frozen=frozen, device=device, autocast=autocast, progress=progress
+    )
+    return found
+
+
+def recompute_all(
+    models: Sequence[nn.Module],
+    batches: Iterable[Batch],
+    *,
+    frozen: Iterable[str] = (),
+    device: torch.device | str = "cpu",
+    autocast: torch.dtype | None = None,
+    progress: Progress | None = None,
+    world: World | None = None,
+) -> list[Recomputed]:
+    """`recompute_bn` of several models of one network in one pass over the data.
+
+    Args:
+        models: Each is changed in place.
+        batches: This process's share of them.
+        frozen: As for `recompute_bn`, in all models.
+        device: As for `recompute_bn`.
+        autocast: As for `recompute_bn`.
+        progress: As for `recompute_bn`.
+        world: The processes that share the batches; each batch is seen whole by one of them.
+
+    Raises:
+        InputError: As `recompute_bn`.
+        NotFiniteError: As `recompute_bn`.
+    """
+    world = world or World()
     frozen = set(frozen)
-    layers = {name: layer for name, layer in every.items() if name not in frozen}
+    every = norm_layers(models[0])
     kept = tuple(name for name in every if name in frozen)
-    if not layers:
+    layers = [
+        {name: layer for name, layer in norm_layers(model).items() if name not in frozen}
+        for model in models
+    ]
+    if not layers[0]:
         raise InputError("the model has no normalisation layer with statistics to recompute")
-    pools: dict[str, _Pool] = {}
+    pools: list[dict[str, _Pool]] = [{} for _ in models]
     samples = 0
     order = _LabelOrder()
     device = torch.device(device)
     precision = torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
-    with _only_in_train_mode(model, layers), _watched(layers, pools), torch.no_grad(), precision:
+    with ExitStack() as stack:
+        for model, own, pool in zip(models, layers, pools, strict=True):
+            stack.enter_context(_only_in_train_mode(model, own))
+            stack.enter_context(_watched(own, pool))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(precision)
         for batch in batches:
             order.see(batch)
-            forward(model, batch.to(device))
+            moved = batch.to(device)
+            for model in models:
+                forward(model, moved)
             samples += batch.size
             if progress is not None:
                 progress(samples)
+    samples = sum(world.gather(samples))
     if samples == 0:
         raise InputError("the data are empty: no batch came out of them")
-    unseen = [name for name in layers if name not in pools]
-    statistics = _write(model, layers, pools)
     notes = order.warnings()
-    if unseen:
-        notes.append(f"no data reached {len(unseen)} normalisation layers, such as '{unseen[0]}'")
-    return Recomputed(statistics, tuple(pools), kept, samples, tuple(notes))
+    found = []
+    for model, own, pool in zip(models, layers, _merged(pools, world), strict=True):
+        statistics = _write(model, own, pool)
+        unseen = [name for name in own if name not in pool]
+        told = list(notes)
+        if unseen:
+            told.append(
+                f"no data reached {len(unseen)} normalisation layers, such as '{unseen[0]}'"
+            )
+        found.append(Recomputed(statistics, tuple(pool), kept, samples, tuple(told)))
+    return found
+
+
+def _merged(pools: list[dict[str, _Pool]], world: World) -> list[dict[str, _Pool]]:
+    """The pools of all processes in one, in the order of ranks."""
+    if world.size == 1:
+        return pools
+    total: list[dict[str, _Pool]] = [{} for _ in pools]
+    sent = [{name: pool.to("cpu") for name, pool in one.items()} for one in pools]
+    for part in world.gather(sent):
+        for mine, theirs in zip(total, part, strict=True):
+            for name, pool in theirs.items():
+                if name in mine:
+                    mine[name].add(pool)
+                else:
+                    mine[name] = pool
+    return total
 
 
 @contextmanager

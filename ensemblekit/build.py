@@ -29,8 +29,12 @@ def to_torch(array: npt.NDArray[Any]) -> torch.Tensor:
     return torch.from_numpy(carrier).view(getattr(torch, name))
 
 
-def device_from_name(name: str) -> torch.device:
+def device_from_name(name: str, local_rank: int = 0) -> torch.device:
     """The device that `--device` means; `auto` takes a GPU where there is one.
+
+    Args:
+        name: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        local_rank: Which of the GPUs `auto` and `cuda` mean, where several processes share a machine.
 
     Raises:
         MachineError: This machine does not have it.
@@ -38,6 +42,8 @@ def device_from_name(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and local_rank:
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -4,8 +4,8 @@ Input: averaging rules and selections make rows; nothing here knows files or ten
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ensemblekit.errors import UsageError
@@ -72,6 +72,14 @@ def one_hot(index: int, count: int) -> Row:
 
 
 @dataclass(frozen=True)
+class Member:
+    """One model that can be run: a row, and where its BatchNorm statistics come from."""
+
+    row: Row
+    batch_norm: BatchNorm = "none"
+
+
+@dataclass(frozen=True)
 class Candidate:
     """Something that could be shipped: a matrix of rows, what its BatchNorm is, a combiner.
 
@@ -80,18 +88,30 @@ class Candidate:
         rows: M rows over the same K snapshots; one row is one model.
         batch_norm: For each row, where its running statistics come from.
         combiner: How M predictions become one; None for a single model.
+        params: The combiner's fitted numbers.
+        chosen_on: The split whose labels took part in making it, None where none did.
+        seed: Of random rows.
     """
 
     name: str
     rows: tuple[Row, ...]
     batch_norm: tuple[BatchNorm, ...]
     combiner: str | None = None
+    params: Mapping[str, Any] = field(default_factory=dict)
+    chosen_on: str | None = None
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         counts = {len(row.coefficients) for row in self.rows}
         assert len(counts) == 1, "rows of one candidate are over the same snapshots"
         assert len(self.batch_norm) == len(self.rows)
         assert (self.combiner is None) == (len(self.rows) == 1)
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """The M models."""
+        pairs = zip(self.rows, self.batch_norm, strict=True)
+        return tuple(Member(row, batch_norm) for row, batch_norm in pairs)
 
     @property
     def kind(self) -> Literal["single", "averaged", "ensemble"]:
@@ -107,6 +127,9 @@ class Candidate:
             "rows": [{"coefficients": r.coefficients, "divisor": r.divisor} for r in self.rows],
             "batch_norm": self.batch_norm,
             "combiner": self.combiner,
+            "combiner_params": dict(self.params),
+            "chosen_on": self.chosen_on,
+            "seed": self.seed,
         }
 
     @classmethod
@@ -118,4 +141,7 @@ class Candidate:
             tuple(Row(tuple(r["coefficients"]), r["divisor"]) for r in rows),
             tuple(value["batch_norm"]),
             value["combiner"],
+            value.get("combiner_params") or {},
+            value.get("chosen_on"),
+            value.get("seed"),
         )

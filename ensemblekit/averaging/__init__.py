@@ -6,8 +6,24 @@ keyword options become flags of the command line.
 
 from collections.abc import Callable
 from importlib import import_module
+from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
+from ensemblekit.candidates import Row
 from ensemblekit.errors import one_of
+
+
+class Objective(Protocol):
+    """What a rule that looks at data asks of a row."""
+
+    def value(self, row: Row) -> float:
+        """The figure of the average on choosing data, turned so that higher is better."""
+
+    def gradient(self, row: Row) -> tuple[float, npt.NDArray[np.float64]]:
+        """The mean loss of the average there, and its derivative by each of K coefficients."""
+
 
 RULES: dict[str, str] = {
     "uniform": "ensemblekit.averaging.uniform:uniform",

@@ -85,11 +85,11 @@ def command(
     and the average are evaluated.
     """
     from ensemblekit.commands.average import average
-    from ensemblekit.commands.model_options import ModelOptions
+    from ensemblekit.options import ModelOptions
     from ensemblekit.selection import Selection
 
     selecting = {name: rest.pop(name) for name in _SELECTION}
-    rule_options = {} if coefficients is None else {"coefficients": _numbers(coefficients)}
+    rule_options = {} if coefficients is None else {"coefficients": options.numbers(coefficients)}
     if coefficients is not None and method == "uniform":
         method = "weighted"
     with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is not our data
@@ -112,13 +112,6 @@ def command(
     else:
         _print(result, dry_run=dry_run, quiet=obj["quiet"], verbose=obj["verbose"])
     return 0
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.replace(" ", "").split(","))
-    except ValueError as error:
-        raise click.BadParameter(f"{text!r} is not a list of numbers such as 1,1,2") from error
 
 
 def _print(result: "AverageResult", *, dry_run: bool, quiet: bool, verbose: bool) -> None:

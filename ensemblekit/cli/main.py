@@ -29,6 +29,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Look at a folder of checkpoints: what is used, and why.",
     ),
     "average": ("ensemblekit.cli.average", "Average checkpoints into one model."),
+    "compare": (
+        "ensemblekit.cli.compare",
+        "Compare snapshots, averages and ensembles, and decide what to ship.",
+    ),
     "demo": ("ensemblekit.cli.demo", "Train a small network and try everything on its snapshots."),
 }
 

@@ -107,9 +107,41 @@ MODEL: Callable[[Any], Any] = _stack(
     ),
 )
 
+TASK: Callable[[Any], Any] = _stack(
+    option(
+        "--task",
+        default="auto",
+        show_default=True,
+        type=click.Choice(
+            ["auto", "classification", "segmentation", "tokens", "multilabel", "regression"]
+        ),
+        help="What outputs and labels are.",
+    ),
+    option(
+        "--ignore-index",
+        type=int,
+        default=-100,
+        show_default=True,
+        metavar="LABEL",
+        help="Label of pixels or tokens that do not count.",
+    ),
+)
+
 JSON: Callable[[Any], Any] = option(
     "--json", "as_json", is_flag=True, help="Print one JSON object."
 )
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Numbers such as 1,1,2.
+
+    Raises:
+        UsageError: Something else.
+    """
+    try:
+        return tuple(float(part) for part in text.replace(" ", "").split(","))
+    except ValueError as error:
+        raise UsageError(f"{text!r} is not a list of numbers such as 1,1,2") from error
 
 
 def pairs(texts: tuple[str, ...]) -> Mapping[str, Any]:

@@ -16,11 +16,11 @@ from ensemblekit import averaging, writers
 from ensemblekit.candidates import Row
 from ensemblekit.commands import provenance
 from ensemblekit.commands.bn_plan import BN_POLICIES, BnPlan, plan_bn
-from ensemblekit.commands.model_options import ModelOptions
-from ensemblekit.commands.result import AverageResult, Measured, Progress
+from ensemblekit.commands.result import AverageResult, Measured
 from ensemblekit.discovery import discover
 from ensemblekit.errors import CheckFailedError, UsageError, one_of
 from ensemblekit.files import check_output
+from ensemblekit.options import ModelOptions, Progress
 from ensemblekit.selection import Selection
 from ensemblekit.snapshots import SnapshotSet, position
 from ensemblekit.state import Similarity, Sink, array_sink, weighted_sums

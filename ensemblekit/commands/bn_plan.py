@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ensemblekit.candidates import Row
-from ensemblekit.commands.model_options import ModelOptions
 from ensemblekit.containers import read_array
 from ensemblekit.errors import CheckFailedError, UsageError
+from ensemblekit.options import ModelOptions
 from ensemblekit.snapshots import SnapshotSet
 
 BN_POLICIES = ("auto", "recompute", "average", "error")
@@ -44,7 +44,7 @@ def plan_bn(
     """
     layers = snapshots.norm_layers
     mixed = row.only is None
-    frozen = tuple(name for name in layers if mixed and _frozen(snapshots, name))
+    frozen = frozen_layers(snapshots) if mixed else ()
     live = len(layers) - len(frozen)
     stale = mixed and live > 0
     has_data = options.model is not None and options.train_data is not None
@@ -66,12 +66,25 @@ def plan_bn(
         if bn == "error":
             raise CheckFailedError(f"--bn error: {text}", hint=advice)
         warnings.append(f"{text}; {advice}")
-    if fresh := [name for name in layers if _fresh(snapshots, name)]:
-        warnings.append(
-            f"{len(fresh)} BatchNorm layers have statistics that were never updated (mean 0, "
-            "variance 1): these weights do not work before they are recomputed"
-        )
+    warnings += fresh_warnings(snapshots)
     return BnPlan(layers, frozen, stale, recompute)
+
+
+def frozen_layers(snapshots: SnapshotSet) -> tuple[str, ...]:
+    """Layers whose statistics are equal in all snapshots: they were frozen in training."""
+    return tuple(name for name in snapshots.norm_layers if _frozen(snapshots, name))
+
+
+def fresh_warnings(snapshots: SnapshotSet) -> list[str]:
+    """What to say of layers whose statistics were never updated."""
+    fresh = [name for name in snapshots.norm_layers if _fresh(snapshots, name)]
+    if not fresh:
+        return []
+    text = (
+        f"{len(fresh)} BatchNorm layers have statistics that were never updated (mean 0, "
+        "variance 1): these weights do not work before they are recomputed"
+    )
+    return [text]
 
 
 def _fresh(snapshots: SnapshotSet, layer: str) -> bool:

@@ -3,16 +3,12 @@
 Input: filled in by `average` and `measure`.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy.typing as npt
 
 from ensemblekit.candidates import BatchNorm
-
-Progress = Callable[[str, int, int | None], None]
-"""`progress(what, done, total)`; total is None where it is not known."""
 
 
 @dataclass(frozen=True)

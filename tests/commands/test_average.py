@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from ensemblekit import average, averaging
-from ensemblekit.commands.model_options import ModelOptions
 from ensemblekit.errors import CheckFailedError, InputError, UnsupportedError, UsageError
+from ensemblekit.options import ModelOptions
 from ensemblekit.selection import Selection
 
 from ..helpers import (

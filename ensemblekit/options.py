@@ -3,11 +3,14 @@
 Input: flags, or a Python caller's objects.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ensemblekit.errors import UsageError, one_of
+
+Progress = Callable[[str, int, int | None], None]
+"""`progress(what, done, total)`; total is None where it is not known."""
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
@@ -30,6 +33,8 @@ class ModelOptions:
         workers: Data-loading processes.
         seed: Order of the training samples.
         logits: Entry of a dict output that holds the logits.
+        task: What outputs and labels are; `auto` looks at the first batch.
+        ignore_index: Label of pixels or tokens that do not count.
     """
 
     model: Any = None
@@ -45,6 +50,8 @@ class ModelOptions:
     workers: int = 0
     seed: int = 0
     logits: str | None = None
+    task: str = "auto"
+    ignore_index: int = -100
 
     def __post_init__(self) -> None:
         one_of(self.precision, PRECISIONS, what="precision")

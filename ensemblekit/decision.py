@@ -1,0 +1,217 @@
+"""Owns the decision: which candidate to ship, made on choosing data, and the words for it.
+
+Input: candidates with their losses against the best, their costs and their gains.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ensemblekit.evaluation import Loss
+from ensemblekit.statistics import samples_needed
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be spent at inference; None where there is no limit.
+
+    Attributes:
+        max_latency_ms: At the 95th percentile, for a batch of `latency_batch` samples.
+        latency_batch: Samples in that batch.
+        max_members: Models that run.
+        max_bytes: Of weights.
+        margin: Percentage points (for figures that are no shares: per cent of the best figure)
+            that a cheaper candidate may lose against the best.
+        runtime: Where latency was measured.
+        device: Likewise.
+        precision: Likewise.
+    """
+
+    max_latency_ms: float | None = None
+    latency_batch: int = 1
+    max_members: int | None = None
+    max_bytes: int | None = None
+    margin: float = 0.2
+    runtime: str = "torch"
+    device: str = "cpu"
+    precision: str = "fp32"
+
+
+@dataclass(frozen=True)
+class Option:
+    """A candidate as the decision sees it.
+
+    Attributes:
+        name: Of the candidate.
+        kind: single, averaged or ensemble.
+        members: Models that run.
+        nbytes: Of their weights.
+        p95_ms: Measured for the budget's batch, None where not measured.
+        p50_ms: Likewise.
+        goodness: The figure on choosing data, turned so that higher is better.
+        tie_break: Smaller is better among equals: the loss that the figure does not see.
+        complexity: How much of it was chosen on the data; the plainer one wins among equals.
+    """
+
+    name: str
+    kind: str
+    members: int
+    nbytes: int
+    p95_ms: float | None
+    p50_ms: float | None
+    goodness: float
+    tie_break: float = 0.0
+    complexity: int = 0
+
+    @property
+    def cost(self) -> int:
+        """What cheapest means: models that run; candidates of as many run equally fast."""
+        return self.members
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which candidate to ship; see docs/comparison.md for the keys."""
+
+    ship: str | None
+    best: str | None
+    enough_data: bool
+    samples_needed: int | None
+    reasons: tuple[str, ...]
+
+
+def affordable(options: Sequence[Option], budget: Budget) -> list[Option]:
+    """The options within the budget; one whose latency is not known is not within a limit of it."""
+    found = []
+    for option in options:
+        fits = budget.max_members is None or option.members <= budget.max_members
+        fits = fits and (budget.max_bytes is None or option.nbytes <= budget.max_bytes)
+        if budget.max_latency_ms is not None:
+            fits = fits and option.p95_ms is not None and option.p95_ms <= budget.max_latency_ms
+        if fits:
+            found.append(option)
+    return found
+
+
+def best_of(options: Sequence[Option]) -> Option:
+    """The best on choosing data; among equals the cheaper, then the plainer."""
+    return max(options, key=lambda o: (o.goodness, -o.cost, -o.complexity, -o.tie_break))
+
+
+def decide(
+    options: Sequence[Option],
+    losses: dict[str, Loss | None],
+    *,
+    margin: float,
+    samples: int,
+    best: Option,
+) -> Decision:
+    """Ship the cheapest option whose loss against the best is surely within the margin.
+
+    Args:
+        options: Within the budget.
+        losses: Of each against `best`.
+        margin: In the unit of the figure.
+        samples: Items of the choosing data.
+        best: `best_of(options)`.
+    """
+    within = [o for o in options if _surely_within(losses[o.name], margin) or o is best]
+    least = min(o.cost for o in within)
+    chosen = best_of([o for o in within if o.cost == least])
+    open_questions = [
+        (o, loss)
+        for o in options
+        if o.cost < chosen.cost
+        and (loss := losses[o.name]) is not None
+        and loss.low <= margin < loss.high
+    ]
+    if not open_questions:
+        return Decision(chosen.name, best.name, True, None, ())
+    needed = {
+        option.name: count
+        for option, loss in open_questions
+        if (count := samples_needed(loss.value, loss.variance, margin)) is not None
+    }
+    # the likeliest to be good enough, not the one that is settled soonest
+    promising, loss = min(open_questions, key=lambda pair: pair[1].value)
+    number = needed.get(promising.name)
+    text = (
+        f"not enough data: {promising.name} costs less, and its loss against {best.name} lies "
+        f"between {loss.low * 100:+.2f} and {loss.high * 100:+.2f} points on {samples:,} samples "
+        f"(allowed: {margin * 100:.2f})"
+    )
+    if number is not None:
+        text += f"; about {max(number, samples + 1):,} samples would tell"
+        number = max(number, samples + 1)
+    return Decision(chosen.name, best.name, False, number, (text,))
+
+
+def _surely_within(loss: Loss | None, margin: float) -> bool:
+    return loss is not None and loss.high <= margin
+
+
+def pareto(options: Sequence[Option]) -> set[str]:
+    """Names of options that no other one beats in cost without being worse."""
+    front = set()
+    for option in options:
+        beaten = any(
+            other.cost <= option.cost
+            and other.goodness >= option.goodness
+            and (other.cost < option.cost or other.goodness > option.goodness)
+            for other in options
+        )
+        if not beaten and math.isfinite(option.goodness):
+            front.add(option.name)
+    return front
+
+
+def headline(
+    shipped: dict[str, Any],
+    baseline: dict[str, Any],
+    ensemble: dict[str, Any] | None,
+    *,
+    metric: str,
+    unit: str,
+) -> str:
+    """One sentence for a manager: what the shipped candidate gains, and at what cost."""
+    gain = shipped["gain"]
+    if gain is None:
+        return f"Ship {shipped['name']}: the best single snapshot; nothing that costs more is worth it."
+    parts = [f"Ship {shipped['name']}"]
+    if ensemble is not None and shipped["members"] < ensemble["members"] and ensemble["gain"]:
+        most, cost = ensemble["gain"]["value"], _share_of_cost(shipped, ensemble)
+        if 0 < gain["value"] < most:
+            share = gain["value"] / most
+            parts.append(f"it gives {share:.0%} of the gain of {ensemble['name']} at {cost}")
+        elif gain["value"] >= most:
+            parts.append(f"it gains no less than {ensemble['name']} at {cost}")
+    low, high = gain["ci"]
+    sentence = (
+        f"its gain over {baseline['name']} (the best single snapshot) is "
+        f"{points(gain['value'], unit)} {metric} (95% interval {points(low, unit)} to "
+        f"{points(high, unit)})"
+    )
+    if low <= 0:
+        sentence += ", so it is not sure to be a gain"
+    parts.append(sentence)
+    return ": ".join([parts[0], "; ".join(parts[1:])]) + "."
+
+
+def _share_of_cost(shipped: dict[str, Any], ensemble: dict[str, Any]) -> str:
+    times = [c["latency"]["p50_ms"] if c["latency"] else None for c in (shipped, ensemble)]
+    if times[0] and times[1]:
+        return f"1/{times[1] / times[0]:.1f} of its latency".replace(".0 of", " of")
+    return f"1/{ensemble['members'] / shipped['members']:.0f} of its members"
+
+
+def points(value: float, unit: str) -> str:
+    """A difference as people write it: percentage points of shares, else the number."""
+    return f"{value * 100:+.2f} pp" if unit == "pp" else f"{value:+.4g}"
+
+
+def budget_json(budget: Budget) -> dict[str, Any]:
+    """The budget without the margin."""
+    shown = asdict(budget)
+    shown.pop("margin")
+    return shown

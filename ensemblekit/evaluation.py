@@ -1,0 +1,249 @@
+"""Owns what is said about one candidate on one split: figures, intervals, its gain over another.
+
+Input: scores of items from `scoring`.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ensemblekit import metrics, statistics
+from ensemblekit.combiners import best_temperature
+from ensemblekit.scoring import Scores
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Measure:
+    """The figure that choices and gains go by.
+
+    Attributes:
+        name: A key of `metrics.FIGURES`.
+    """
+
+    name: str
+
+    @property
+    def figure(self) -> metrics.Figure:
+        """Its formula."""
+        return metrics.FIGURES[self.name]
+
+    @property
+    def sign(self) -> float:
+        """1 where higher is better, else -1."""
+        return 1.0 if self.figure.higher_is_better else -1.0
+
+    def goodness(self, scores: Scores) -> float:
+        """The figure, turned so that higher is better."""
+        found = metrics.figure(self.name, scores)
+        return -math.inf if found is None or math.isnan(found) else self.sign * found
+
+
+def figures(task: str, scores: Scores) -> dict[str, Any]:
+    """All figures of a task; those that the candidate does not have are None."""
+    found: dict[str, Any] = {name: metrics.figure(name, scores) for name in metrics.OF_TASK[task]}
+    if found.get("top5", 0) is None:
+        del found["top5"]
+    if task == "classification":
+        samples = len(scores["rows"])
+        interval = statistics.wilson(float(scores["correct"].sum()), samples)
+        found["accuracy_ci"] = [interval.low, interval.high]
+        has = "confidence" in scores
+        pair = (scores.get("confidence"), scores["correct"])
+        found["ece"] = metrics.ece(*pair) if has else None  # type: ignore[arg-type]
+        found["ece_adaptive"] = metrics.ece_adaptive(*pair) if has else None  # type: ignore[arg-type]
+        for name, column in (
+            ("disagreement", "disagreement"),
+            ("mutual_information", "information"),
+        ):
+            if column in scores:
+                found[name] = float(np.mean(scores[column], dtype=np.float64))
+    return found
+
+
+def with_auroc(found: dict[str, Any], task: str, scores: Scores, targets: npt.NDArray[Any]) -> None:
+    """Add the AUROC where it is defined: two classes, or labels (the mean over labels)."""
+    if "positive" not in scores:
+        return
+    if task == "classification":
+        found["auroc"] = metrics.auroc(scores["positive"], targets)
+        return
+    each = [metrics.auroc(scores["positive"][:, c], targets[:, c]) for c in range(targets.shape[1])]
+    known = [area for area in each if area is not None]
+    found["auroc"] = sum(known) / len(known) if known else None
+
+
+def calibrated_nll(
+    log_probs_RC: torch.Tensor, targets: npt.NDArray[Any], *, seed: int
+) -> tuple[float, float]:
+    """NLL after temperature scaling by two-fold cross-validation (Ashukha 2020), and the mean T.
+
+    The temperature of each half is fitted on the other.
+    """
+    truth = torch.from_numpy(targets).long()
+    half = torch.from_numpy(np.random.default_rng(seed).permutation(len(truth)) % 2).bool()
+    total, temperatures = 0.0, []
+    for inside in (half, ~half):
+        temperature = best_temperature(log_probs_RC[~inside], truth[~inside], "classification")
+        logits = torch.nan_to_num(log_probs_RC[inside].double(), neginf=-1e4) / temperature
+        total += float(torch.nn.functional.cross_entropy(logits, truth[inside], reduction="sum"))
+        temperatures.append(temperature)
+    return total / len(truth), sum(temperatures) / 2
+
+
+def gains(
+    measure: Measure, scores: Sequence[Scores], baseline: Scores, *, seed: int
+) -> list[dict[str, Any] | None]:
+    """What each candidate gains over the baseline on the same items, positive is better.
+
+    Accuracy: Tango's interval and McNemar's exact p. Other figures: the percentile bootstrap over
+    items, all candidates on the same resamples, and a p from its width. Holm's adjustment is over
+    all candidates.
+    """
+    found: list[dict[str, Any] | None]
+    if _counts(measure, baseline):
+        found = [_paired_accuracy(one, baseline) for one in scores]
+    else:
+        found = _bootstrapped(measure, scores, baseline, seed=seed)
+    adjusted = statistics.holm([None if gain is None else gain["p_value"] for gain in found])
+    for gain, p in zip(found, adjusted, strict=True):
+        if gain is not None:
+            gain["p_adjusted"] = p
+    return found
+
+
+def _counts(measure: Measure, scores: Scores) -> bool:
+    """Whether the figure is a share of items that are right or wrong."""
+    if measure.name != "accuracy":
+        return False
+    return scores["correct"].dtype == np.bool_
+
+
+def _paired_accuracy(scores: Scores, baseline: Scores) -> dict[str, Any]:
+    won, lost, total = _discordant(scores, baseline)
+    interval = statistics.tango(won, lost, total)
+    return {
+        "value": (won - lost) / total,
+        "ci": [interval.low, interval.high],
+        "p_value": statistics.mcnemar(won, lost),
+    }
+
+
+def _discordant(scores: Scores, other: Scores) -> tuple[int, int, int]:
+    """Items that only the one, and only the other, has right, and all items."""
+    mine, theirs = scores["correct"], other["correct"]
+    return int((mine & ~theirs).sum()), int((theirs & ~mine).sum()), len(mine)
+
+
+def _bootstrapped(
+    measure: Measure, scores: Sequence[Scores], baseline: Scores, *, seed: int
+) -> list[dict[str, Any] | None]:
+    figure = measure.figure
+    if not _has(figure, baseline):
+        return [None for _ in scores]
+    sums = [figure.terms(one) if _has(figure, one) else None for one in (baseline, *scores)]
+    stacked = np.concatenate([part for part in sums if part is not None], axis=1)
+    drawn_BQ = statistics.resample(stacked, seed=seed, resamples=RESAMPLES)
+    total_1Q = stacked.sum(axis=0)[None]
+    width = sums[0].shape[1]  # type: ignore[union-attr]
+    found: list[dict[str, Any] | None] = []
+    place = width
+    for part in sums[1:]:
+        if part is None:
+            found.append(None)
+            continue
+        columns = slice(place, place + width)
+        place += width
+        with np.errstate(all="ignore"):
+            differ_B = measure.sign * (
+                figure.value(drawn_BQ[:, columns]) - figure.value(drawn_BQ[:, :width])
+            )
+            value = float(
+                measure.sign
+                * (figure.value(total_1Q[:, columns]) - figure.value(total_1Q[:, :width]))[0]
+            )
+        interval = statistics.percentiles(differ_B)
+        error = (interval.high - interval.low) / (2 * 1.959964)
+        p_value = math.erfc(abs(value) / error / math.sqrt(2)) if error > 0 else 1.0
+        if math.isnan(value) or math.isnan(interval.low):
+            found.append(None)
+            continue
+        found.append({"value": value, "ci": [interval.low, interval.high], "p_value": p_value})
+    return found
+
+
+def _has(figure: metrics.Figure, scores: Scores) -> bool:
+    return all(column in scores for column in figure.needs)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a candidate loses against the best one, on choosing data.
+
+    Attributes:
+        value: In the unit of the measure, positive is worse.
+        low: One-sided 95% bound from below.
+        high: One-sided 95% bound from above.
+        variance: Of the difference, by item.
+    """
+
+    value: float
+    low: float
+    high: float
+    variance: float
+
+
+def losses(
+    measure: Measure, scores: Sequence[Scores], best: Scores, *, seed: int
+) -> list[Loss | None]:
+    """The loss of each candidate against the best."""
+    if _counts(measure, best):
+        return [_accuracy_loss(one, best) for one in scores]
+    figure = measure.figure
+    items = len(best["rows"])
+    found: list[Loss | None] = []
+    sums = [figure.terms(one) if _has(figure, one) else None for one in (best, *scores)]
+    assert sums[0] is not None
+    stacked = np.concatenate([part for part in sums if part is not None], axis=1)
+    drawn_BQ = statistics.resample(stacked, seed=seed, resamples=RESAMPLES)
+    total_1Q = stacked.sum(axis=0)[None]
+    width = place = sums[0].shape[1]
+    for part in sums[1:]:
+        if part is None:
+            found.append(None)
+            continue
+        columns = slice(place, place + width)
+        place += width
+        with np.errstate(all="ignore"):
+            differ_B = measure.sign * (
+                figure.value(drawn_BQ[:, :width]) - figure.value(drawn_BQ[:, columns])
+            )
+            value = float(
+                measure.sign
+                * (figure.value(total_1Q[:, :width]) - figure.value(total_1Q[:, columns]))[0]
+            )
+        interval = statistics.percentiles(differ_B, level=0.9)
+        error = (interval.high - interval.low) / (2 * 1.644854)
+        found.append(Loss(value, interval.low, interval.high, error**2 * items))
+    return found
+
+
+def _accuracy_loss(scores: Scores, best: Scores) -> Loss:
+    won, lost, total = _discordant(best, scores)
+    interval = statistics.tango(won, lost, total, level=0.9)
+    value = (won - lost) / total
+    return Loss(value, interval.low, interval.high, (won + lost) / total - value**2)
+
+
+def agreement(scores: Sequence[Mapping[str, npt.NDArray[Any]]]) -> list[list[float]] | None:
+    """Share of items on which two candidates decide alike; None where nothing is decided."""
+    if not scores or any("decided" not in one for one in scores):
+        return None
+    decided = np.stack([one["decided"] for one in scores])
+    return [[float((a == b).mean()) for b in decided] for a in decided]
