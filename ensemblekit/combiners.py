@@ -205,8 +205,10 @@ def _fit_logistic(
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a fit that stops early is a fit all the same
-        found = LogisticRegression(C=0.01, max_iter=300).fit(features_RF, targets)
-    coef, intercept = found.coef_, found.intercept_
+        middle_F = features_RF.mean(axis=0)
+        model = LogisticRegression(C=0.01, solver="newton-cg", tol=1e-3)
+        found = model.fit(features_RF - middle_F, targets)
+    coef, intercept = found.coef_, found.intercept_ - found.coef_ @ middle_F
     if len(coef) == 1:  # two classes: one column stands for both
         coef, intercept = np.stack([-coef[0] / 2, coef[0] / 2]), np.array([-1, 1]) * intercept / 2
     return {

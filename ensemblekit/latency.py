@@ -18,7 +18,7 @@ from ensemblekit.batches import Batch, forward
 
 _WARM_UP = 3
 _LEAST, _MOST = 5, 100  # iterations
-_SECONDS = 1.5  # for one batch size, all candidates together
+_SECONDS = 1.0  # for one batch size, all candidates together
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,19 @@ def load_model(text: str, arguments: Mapping[str, Any]) -> Any:
     return model
 
 
+def load_function(text: str, *, what: str) -> Callable[..., Any]:
+    """The function that a target names.
+
+    Raises:
+        UsageError: The target does not exist.
+        UserCodeError: The user's code raised.
+    """
+    target = parse(text)
+    if not target.name:
+        raise UsageError(f"{what} target '{text}' is not of the form {_FORMS}")
+    return _callable(target, what)
+
+
 def load_data(text: str, split: str) -> Any:
     """Call the data target: a Dataset, a pair of arrays, or an iterable of batches.
 

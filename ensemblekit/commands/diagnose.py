@@ -1,17 +1,260 @@
 """Owns the question why averaging failed, and what to do about it.
 
-Input: a contest whose average is worse than its members.
+Input: a contest whose plain average is worse than its members. The path from one snapshot over the
+mean to another tells most of it: with statistics that were interpolated, and with recomputed ones.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
+from ensemblekit import build, evaluation, metrics
+from ensemblekit.candidates import BatchNorm, Member, Row, mean_row
 from ensemblekit.contest import Contest
-from ensemblekit.scoring import Scores
+from ensemblekit.scoring import Mix, Scores, score
+from ensemblekit.snapshots import SnapshotSet
+from ensemblekit.state import materialize
+
+POSITIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
+_SAME = 0.9  # cosine of channels that are the same but for their order
+_OTHER = 0.6
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Why averaging failed.
+
+    Attributes:
+        verdict: mismatched model, stale BatchNorm, maximum-LR member, permuted, different basins
+            or weak members.
+        because: A sentence.
+        next: What to type, without the name of the command's first argument.
+        path: Points of the path through the mean.
+    """
+
+    verdict: str
+    because: str
+    next: str
+    path: tuple[dict[str, Any], ...] = ()
 
 
 def diagnose(
-    contest: Contest, chosen: Mapping[str, Scores], baseline: str, cosines: Sequence[float]
-) -> dict[str, Any] | None:
-    """Nothing yet."""
-    return None
+    contest: Contest, chosen: Mapping[str, Scores], cosines: Sequence[float]
+) -> Diagnosis | None:
+    """Look at an average that is worse than its members; None where nothing is wrong.
+
+    Args:
+        contest: With its predictions.
+        chosen: Scores on choosing data.
+        cosines: Of each snapshot to the mean of the others.
+    """
+    names, measure = contest.names, contest.measure
+    if (found := _mismatched(contest, chosen)) is not None:
+        return found
+    averages = [c for c in ("uniform", "uniform+bn") if c in chosen]
+    if not averages or len(names) < 2:
+        return None
+    alone = [measure.goodness(chosen[name]) for name in names]
+    middle = names[int(np.argsort(alone)[len(alone) // 2])]
+    best = max(averages, key=lambda name: measure.goodness(chosen[name]))
+    (lost,) = evaluation.losses(measure, [chosen[best]], chosen[middle], seed=contest.seed)
+    if lost is None or lost.low <= 0 or measure.goodness(chosen[best]) >= np.mean(alone):
+        return None
+    return _Examination(contest, alone, cosines, float(np.median(alone))).verdict()
+
+
+def _mismatched(contest: Contest, chosen: Mapping[str, Scores]) -> Diagnosis | None:
+    """Snapshots that know nothing: the model or the data are not those of the training."""
+    predictions = contest.predictions(contest.choosing)
+    if predictions.form.task != "classification":
+        return None
+    shares = np.bincount(predictions.targets, minlength=predictions.form.classes)
+    chance = float(shares.max() / shares.sum())
+    found = [metrics.figure("accuracy", chosen[name]) or 0.0 for name in contest.names]
+    noise = 2 * np.sqrt(chance * (1 - chance) / predictions.samples)
+    if max(found) > chance + noise:
+        return None
+    return Diagnosis(
+        "mismatched model",
+        f"no snapshot is better than always naming the most frequent class ({chance:.3f}; the best "
+        f"has {max(found):.3f}): the model, its arguments, the preprocessing or the labels are not "
+        "those of the training",
+        "check --model, --model-arg and the data target against the training script",
+    )
+
+
+class _Examination:
+    """One failed average, looked at from all sides."""
+
+    def __init__(
+        self, contest: Contest, alone: Sequence[float], cosines: Sequence[float], usual: float
+    ) -> None:
+        self.contest = contest
+        self.alone = alone
+        self.cosines = cosines
+        self.usual = usual  # what a member usually has; an average should
+        self.count = len(alone)
+        self.first = int(np.argmax(alone))
+        others = [k for k in range(self.count) if k != self.first]
+        self.second = min(others, key=lambda k: cosines[k])
+        self.has_bn = contest.mixed_bn != "none"
+
+    def verdict(self) -> Diagnosis:
+        """The first explanation that the figures bear out."""
+        path = self._path()
+        middle = path[len(path) // 2]
+        names = self.contest.names
+        shown = (names[self.first], names[self.second])
+        recomputed = middle["metric_recomputed_bn"]
+        sign = self.contest.measure.sign
+        if recomputed is not None and sign * recomputed >= self.usual:
+            return Diagnosis(
+                "stale BatchNorm",
+                f"with averaged BatchNorm statistics the mean has {self._told(middle)}, with "
+                f"recomputed ones {recomputed:.4f}: the weights are good, the statistics do not fit",
+                "give training data: --train-data FILE.py:NAME (or --bn recompute)",
+                tuple(path),
+            )
+        if (fast := self._fast()) and self._good_without(fast):
+            left = " ".join(f"--exclude '{names[k]}'" for k in fast)
+            return Diagnosis(
+                "maximum-LR member",
+                f"{', '.join(names[k] for k in fast)} were saved at a high learning rate; the mean "
+                "of the others is as good as its members",
+                left,
+                tuple(path),
+            )
+        if (weak := self._weak()) and self._good_without(weak):
+            left = " ".join(f"--exclude '{names[k]}'" for k in weak)
+            return Diagnosis(
+                "weak members",
+                f"{', '.join(names[k] for k in weak)} are far worse than the others; the mean "
+                "without them is as good as its members",
+                left,
+                tuple(path),
+            )
+        if self._permuted():
+            return Diagnosis(
+                "permuted",
+                f"{shown[0]} and {shown[1]} have the same channels in another order: their mean "
+                "mixes channels that do not belong together",
+                "ensemble their predictions instead: --candidates singles,ensembles",
+                tuple(path),
+            )
+        figure = recomputed if recomputed is not None else middle["metric_averaged_bn"]
+        return Diagnosis(
+            "different basins",
+            f"between {shown[0]} and {shown[1]} (cosine to the others "
+            f"{self.cosines[self.second]:.2f}) there is a barrier: the mean has "
+            f"{figure:.4f} where the snapshots have {path[0]['metric_averaged_bn']:.4f} and "
+            f"{path[-1]['metric_averaged_bn']:.4f}",
+            "ensemble their predictions (--candidates singles,ensembles), or average snapshots of "
+            "one run, from its last part (--last N)",
+            tuple(path),
+        )
+
+    def _told(self, point: Mapping[str, Any]) -> str:
+        return f"{point['metric_averaged_bn']:.4f}"
+
+    def _path(self) -> list[dict[str, Any]]:
+        rows = [self._row(position) for position in POSITIONS]
+        plain = self._figures(rows, "averaged" if self.has_bn else "none")
+        fresh = self._figures(rows, "recomputed") if self.has_bn else [None] * len(rows)
+        return [
+            {
+                "row": list(row.weights),
+                "position": position,
+                "metric_averaged_bn": before,
+                "metric_recomputed_bn": after,
+            }
+            for row, position, before, after in zip(rows, POSITIONS, plain, fresh, strict=True)
+        ]
+
+    def _row(self, position: float) -> Row:
+        """From the first snapshot (0) over the mean (0.5) to the second (1)."""
+        end = self.first if position <= 0.5 else self.second
+        share = abs(position - 0.5) * 2
+        weights = [(1 - share) / self.count + share * (k == end) for k in range(self.count)]
+        return Row(tuple(weights), sum(weights))
+
+    def _figures(self, rows: Sequence[Row], policy: BatchNorm) -> list[float | None]:
+        """The figure of each row on choosing data.
+
+        Where there are no training data the statistics are recomputed on the inputs of the
+        choosing data: good enough to tell why, not to ship.
+        """
+        bench, view = self.contest.bench, self.contest.choosing
+        before = bench.options
+        if policy == "recomputed" and before.train_data is None:
+            instead = before.val_data if view.split == "val" else before.test_data
+            bench.options = replace(before, train_data=instead)
+        try:
+            members = [Member(row, policy) for row in rows]
+            bench.predict(members, [view.split])
+            found = []
+            for member in members:
+                whole = bench.predictions([member], view.split)
+                part = whole.part(view.mask(whole.samples))
+                (scores,) = score(part, [Mix((0,))])
+                found.append(metrics.figure(self.contest.measure.name, scores))
+        finally:
+            bench.options = before
+        return found
+
+    def _good_without(self, left_out: Sequence[int]) -> bool:
+        """Whether the mean of the others is as good as its members usually are."""
+        kept = [k for k in range(self.count) if k not in left_out]
+        if not kept:
+            return False
+        if len(kept) == 1:
+            return True
+        row = Row(tuple(float(k in kept) for k in range(self.count)), float(len(kept)))
+        policy: BatchNorm = "recomputed" if self.has_bn else "none"
+        (found,) = self._figures([row], policy)
+        usual = float(np.median([self.alone[k] for k in kept]))
+        slack = 0.01 * abs(usual)
+        return found is not None and self.contest.measure.sign * found >= usual - slack
+
+    def _fast(self) -> list[int]:
+        """Snapshots whose learning rate is far above the lowest one."""
+        rates = [s.facts.lr for s in self.contest.bench.snapshots.snapshots]
+        known = [rate for rate in rates if rate is not None]
+        if len(known) < self.count or min(known) <= 0:
+            return []
+        found = [k for k, rate in enumerate(rates) if rate is not None and rate > 3 * min(known)]
+        return found if len(found) < self.count else []
+
+    def _weak(self) -> list[int]:
+        """Snapshots far below the others: by six times the usual distance from the median."""
+        middle = float(np.median(self.alone))
+        spread = float(np.median(np.abs(np.array(self.alone) - middle)))
+        limit = middle - max(6 * spread, 0.05 * abs(middle))
+        return [k for k, value in enumerate(self.alone) if value < limit]
+
+    def _permuted(self) -> bool:
+        """Whether the first layer of the one is that of the other in another order."""
+        from scipy.optimize import linear_sum_assignment
+
+        snapshots = self.contest.bench.snapshots
+        pair = [snapshots.snapshots[k] for k in (self.first, self.second)]
+        key = next(
+            (
+                k
+                for k, spec in pair[0].tensors.items()
+                if len(spec.shape) >= 2 and spec.shape[0] > 3
+            ),
+            None,
+        )
+        if key is None:
+            return False
+        rows = []
+        for snapshot in pair:
+            (arrays,), _ = materialize(SnapshotSet((snapshot,)), [mean_row(1)])
+            flat = build.to_torch(arrays[key]).double().flatten(1).numpy()
+            rows.append(flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-300))
+        cosine = rows[0] @ rows[1].T
+        ours, theirs = linear_sum_assignment(-cosine)
+        matched = float(np.median(cosine[ours, theirs]))
+        return matched > _SAME and float(np.median(np.diag(cosine))) < _OTHER

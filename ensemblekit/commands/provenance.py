@@ -121,38 +121,3 @@ def _options_digest(options: ModelOptions) -> str:
             shown = repr(value)
         parts.append(f"{name}={shown}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def environment() -> dict[str, Any]:
-    """What figures depend on: versions and the machine."""
-    import platform
-
-    import torch
-
-    return {
-        "ensemblekit": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-    }
-
-
-def device_name(device: Any) -> str:
-    """The name of the hardware behind a torch device."""
-    import torch
-
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-
-
-def _processor() -> str:
-    import platform
-
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

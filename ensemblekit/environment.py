@@ -1,0 +1,41 @@
+"""Owns the environment block: what figures depend on besides the code.
+
+Input: this machine.
+"""
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ensemblekit import __version__
+
+
+def block() -> dict[str, Any]:
+    """What figures depend on: versions and the machine."""
+    return {
+        "ensemblekit": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the hardware behind a torch device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

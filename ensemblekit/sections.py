@@ -1,0 +1,126 @@
+"""Owns what a comparison shows beside its candidates: growth, subsets, agreement, reliability.
+
+Input: a contest whose predictions are there.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ensemblekit import evaluation, families, metrics
+from ensemblekit.candidates import mean_row
+from ensemblekit.choosing import MOST_EXHAUSTIVE
+from ensemblekit.contest import Contest
+from ensemblekit.rivals import all_subset_weights, find_rivals, score_mixes
+from ensemblekit.scoring import Scores
+from ensemblekit.snapshots import SnapshotSet, position
+from ensemblekit.state import weighted_sums
+
+
+def cosines(snapshots: SnapshotSet) -> tuple[float, ...]:
+    """Of each snapshot to the mean of the others."""
+    count = len(snapshots)
+    if count < 2:
+        return (1.0,)
+    every = frozenset(snapshots.first.tensors)
+    row = mean_row(count)
+    return weighted_sums(snapshots, [row], [lambda *_: None], replaced=every).cosines
+
+
+def snapshots_json(
+    snapshots: SnapshotSet, digests: Sequence[str], cosines: Sequence[float]
+) -> list[dict[str, Any]]:
+    """What took part, in canonical order."""
+    return [
+        {
+            "name": s.name,
+            "path": str(s.path),
+            "position": position(s, snapshots.ordered_by),
+            "step": s.facts.step,
+            "epoch": s.facts.epoch,
+            "lr": s.facts.lr,
+            "weights": s.variant,
+            "sha256": digest,
+            "cosine": cosine,
+        }
+        for s, digest, cosine in zip(snapshots.snapshots, digests, cosines, strict=True)
+    ]
+
+
+def growth(contest: Contest, ranking: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
+    """Ensembles of 1, 2, ... snapshots, from the front, from the back, and best first."""
+    count, name = len(ranking), contest.measure.name
+    orders = {
+        "first": list(range(count)),
+        "last": list(range(count))[::-1],
+        "best": list(ranking),
+    }
+    sizes = [1, *families.ladder(count), count] if count > 1 else [1]
+    made = {
+        (kind, size): families.ensemble(f"{kind}-{size}", sorted(order[:size]), count)
+        for kind, order in orders.items()
+        for size in sizes
+    }
+    sides = {
+        "choosing": contest.scores(list(made.values()), contest.choosing),
+        "reporting": contest.scores(list(made.values()), contest.reporting),
+    }
+
+    def figures(scores: Scores) -> dict[str, float | None]:
+        return {"metric": metrics.figure(name, scores), "nll": metrics.figure("nll", scores)}
+
+    return {
+        kind: [
+            {
+                "members": size,
+                **{side: figures(scores[f"{kind}-{size}"]) for side, scores in sides.items()},
+            }
+            for size in sizes
+        ]
+        for kind in orders
+    }
+
+
+def subsets(contest: Contest) -> list[dict[str, Any]] | None:
+    """The best uniform ensembles of each size on choosing data, of all there are."""
+    count = len(contest.names)
+    predictions = contest.predictions(contest.choosing)
+    if predictions.form.task != "classification" or not 2 <= count <= MOST_EXHAUSTIVE:
+        return None
+    _, mix = contest.mix(families.ensemble("all", range(count), count))
+    stacked = np.stack([np.asarray(predictions.outputs[m]) for m in mix.members])
+    weights_SM = all_subset_weights(count)
+    scores = score_mixes(find_rivals(stacked, predictions.targets), weights_SM)
+    sizes_S, names = (weights_SM > 0).sum(axis=1), np.array(contest.names)
+    found = []
+    for size in range(1, count + 1):
+        inside = np.nonzero(sizes_S == size)[0]
+        best = {
+            "best_nll": inside[np.argmin(scores.nll_S[inside])],
+            "best_accuracy": inside[np.argmax(scores.correct_S[inside])],
+        }
+        entry: dict[str, Any] = {"members": size, "subsets": len(inside)}
+        for key, at in best.items():
+            entry[key] = {
+                "snapshots": names[weights_SM[at] > 0].tolist(),
+                "accuracy": float(scores.correct_S[at] / predictions.samples),
+                "nll": float(scores.nll_S[at]),
+            }
+        found.append(entry)
+    return found
+
+
+def agreement(names: Sequence[str], scores: Mapping[str, Scores]) -> dict[str, Any] | None:
+    """Share of items on which two snapshots decide alike; None where nothing is decided."""
+    matrix = evaluation.agreement([scores[name] for name in names])
+    return None if matrix is None else {"names": list(names), "matrix": matrix}
+
+
+def reliability(names: Sequence[str], scores: Mapping[str, Scores]) -> dict[str, Any]:
+    """What a reliability diagram shows, for those of the candidates that have confidences."""
+    return {
+        name: metrics.reliability(scores[name]["confidence"], scores[name]["correct"])
+        for name in dict.fromkeys(names)
+        if name in scores and "confidence" in scores[name]
+    }
