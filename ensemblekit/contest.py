@@ -147,9 +147,8 @@ class Contest:
 
     def _join(self, name: str, row: Row) -> None:
         """A row that was chosen on data becomes a candidate."""
-        made = families.mixed(name, row, self.mixed_bn, self.choosing.name)
-        if row.only is not None:  # one snapshot: as it was trained
-            made = Candidate(made.name, (row,), ("none",), chosen_on=self.choosing.name)
+        policy = self.mixed_bn if row.only is None else "none"  # one snapshot: as it was trained
+        made = families.mixed(name, row, policy, self.choosing.name)
         self.bench.predict(made.members)
         self.candidates.append(made)
         self._add(made.members)

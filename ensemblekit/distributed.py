@@ -73,6 +73,12 @@ class World:
         return total
 
 
+def rank() -> int:
+    """The rank of this process, 0 without torchrun; before anything is connected."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ
+    return int(os.environ.get("RANK", "0")) if several else 0
+
+
 @contextmanager
 def world() -> Iterator[World]:
     """The processes that torchrun started, connected while the context lasts."""

@@ -198,6 +198,10 @@ class Workbench:
             built = _Built()
             for split in wanted:
                 self._walk(group, split, built)
+        recomputed = [m for m in members if m.batch_norm == "recomputed"]
+        self._remember(recomputed)  # of those whose predictions were there already
+        lost = [m for m in recomputed if m not in self._statistics]
+        self._build(lost, _Built())
 
     def predictions(self, members: Sequence[Member], split: str) -> Predictions:
         """What was predicted, members in the order given; on process 0 only."""
@@ -391,15 +395,7 @@ class Workbench:
         self._recompute([m for m in wanted if m.batch_norm == "recomputed"], built)
 
     def _recompute(self, members: Sequence[Member], built: _Built) -> None:
-        key = {m: self._statistics_key(m) for m in members}
-        for m in members:
-            earlier = None
-            if m not in self._statistics and self.world.rank == 0 and self._identity is not None:
-                earlier = self.cache.statistics(key[m])
-            earlier = self.world.from_first(earlier)
-            if earlier is not None:
-                samples, notes = int(earlier.pop("samples")), earlier.pop("notes").tolist()
-                self._statistics[m] = self._stored(earlier, samples, tuple(notes))
+        self._remember(members)
         new = [m for m in members if m not in self._statistics]
         if new:
             options = self.options
@@ -435,11 +431,22 @@ class Workbench:
                 self._statistics[m] = self._stored(exact, outcome.samples, tuple(notes))
                 if self.world.rank == 0 and self._identity is not None:
                     told = {"samples": np.array(outcome.samples), "notes": np.array(notes, "U")}
-                    self.cache.keep_statistics(key[m], {**exact, **told})
+                    self.cache.keep_statistics(self._statistics_key(m), {**exact, **told})
         for m in members:
             buffers = dict(built.models[m].named_buffers(remove_duplicate=False))
             for name, value in self._statistics[m].values.items():
                 buffers[self.mapping[name]].copy_(build.to_torch(np.array(value)))
+
+    def _remember(self, members: Sequence[Member]) -> None:
+        """Statistics that an earlier run has left in the cache."""
+        for m in members:
+            earlier = None
+            if m not in self._statistics and self.world.rank == 0 and self._identity is not None:
+                earlier = self.cache.statistics(self._statistics_key(m))
+            earlier = self.world.from_first(earlier)
+            if earlier is not None:
+                samples, notes = int(earlier.pop("samples")), earlier.pop("notes").tolist()
+                self._statistics[m] = self._stored(earlier, samples, tuple(notes))
 
     def _stored(
         self, exact: Mapping[str, npt.NDArray[np.float64]], samples: int, notes: tuple[str, ...]

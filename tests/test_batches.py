@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from ensemblekit.batches import Batch, Plan, as_batch, batches, count, forward
+from ensemblekit.batches import (
+    Batch,
+    Plan,
+    as_batch,
+    batches,
+    check_repeatable,
+    count,
+    digest,
+    forward,
+)
 from ensemblekit.errors import EnsembleKitError, InputError, UsageError
 
 X = torch.arange(30, dtype=torch.float32).reshape(10, 3)
@@ -236,3 +245,160 @@ def test_arrays_that_cannot_be_written_to() -> None:
     x = X.numpy().copy()
     x.flags.writeable = False  # as np.load(..., mmap_mode="r") gives
     assert [b.size for b in batches((x, Y.numpy()), Plan(4))] == [4, 4, 2]
+
+
+class TestDigest:
+    def test_it_stands_for_inputs_and_labels(self) -> None:
+        base = as_batch((X, Y))
+        assert digest(base) == digest(as_batch((X.clone(), Y.clone())))
+        assert digest(base) == digest(as_batch((X.t().contiguous().t(), Y)))
+        flipped, touched = Y.clone(), X.clone()
+        flipped[7] += 1
+        touched[-1, -1] += 1e-5
+        others = [
+            as_batch((touched, Y)),
+            as_batch((X, flipped)),
+            as_batch((X, Y.int())),
+            as_batch((X.flip(0), Y)),
+            as_batch((X.reshape(10, 1, 3), Y)),
+            as_batch((X.double(), Y)),
+            as_batch((X, X, Y)),
+            as_batch((X,)),
+            as_batch({"x": X, "y": Y}),
+            as_batch({"z": X, "y": Y}),
+            as_batch({"x": X, "text": ["a"] * 10, "y": Y}),
+            as_batch({"x": X, "text": ["b"] * 10, "y": Y}),
+        ]
+        assert len({digest(other) for other in (base, *others)}) == len(others) + 1
+
+    @pytest.mark.parametrize(
+        "dtype", [torch.bool, torch.bfloat16, torch.complex64, torch.uint16, torch.float8_e5m2]
+    )
+    def test_every_element_type(self, dtype: torch.dtype) -> None:
+        assert len(digest(Batch((X.to(dtype),), Y, 10))) == 16
+
+    def test_it_looks_into_nested_inputs(self) -> None:
+        """Lists and dicts of tensors are inputs too; their text is cut short, they are not."""
+        long = torch.zeros(5000)
+        other = long.clone()
+        other[2500] = 1
+        nested: list[Any] = [[long], [other], {"a": long}, {"a": other}]
+        assert len({digest(Batch((X, one), Y, 10)) for one in nested}) == 4
+
+
+class Noisy(Squares):
+    """Random augmentation."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return X[index] + torch.randn(3), index
+
+
+class Weird(Squares):
+    """Random labels."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return X[index], int(torch.randint(10**9, ()))
+
+
+class TestRepeatable:
+    @pytest.mark.parametrize("form", FORMS)
+    def test_every_form(self, form: str) -> None:
+        first = check_repeatable(FORMS[form], lambda: FORMS[form], Plan(batch_size=4), what="val")
+        assert torch.equal(inputs(first), X[:4])
+
+    def test_a_generator_is_asked_for_anew(self) -> None:
+        first = check_repeatable(generator(), generator, Plan(), what="val")
+        assert first.size == 4
+
+    def test_the_first_batch_is_the_first_of_all_on_every_process(self) -> None:
+        plan = Plan(batch_size=4, part=(1, 2))
+        first = check_repeatable((X, Y), lambda: (X, Y), plan, what="val")
+        assert torch.equal(inputs(first), X[:4])
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            DataLoader(Squares(), batch_size=4, shuffle=True),
+            DataLoader(Squares(), batch_size=4, drop_last=True),
+            DataLoader(
+                Squares(), batch_size=4, sampler=torch.utils.data.SubsetRandomSampler(range(10))
+            ),
+            DataLoader(Noisy(), batch_size=4),
+            Noisy(),
+            Weird(),
+        ],
+        ids=["shuffle", "drop-last", "random-sampler", "noisy-loader", "noisy", "labels"],
+    )
+    def test_what_is_not_the_same_twice(self, data: Any) -> None:
+        torch.manual_seed(0)
+        with pytest.raises(InputError) as caught:
+            check_repeatable(data, lambda: data, Plan(batch_size=4), what="test")
+        assert caught.value.exit_code == 3
+        assert "the test data" in caught.value.message
+        assert caught.value.hint
+
+    def test_drop_last_that_drops_nothing(self) -> None:
+        data = DataLoader(Squares(), batch_size=5, drop_last=True)
+        assert check_repeatable(data, lambda: data, Plan(), what="val").size == 5
+
+    @pytest.mark.parametrize("data", [[], (X[:0], Y[:0]), TensorDataset(X[:0], Y[:0])])
+    def test_empty_data(self, data: Any) -> None:
+        with pytest.raises(InputError, match="empty"):
+            check_repeatable(data, lambda: data, Plan(), what="val")
+
+
+class TestParts:
+    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("size", [1, 2, 3, 5])
+    def test_processes_share_the_batches(self, form: str, size: int) -> None:
+        """Batch n belongs to process n % size; together they are what one process would see."""
+        whole = list(batches(FORMS[form], Plan(batch_size=4)))
+        parts = [
+            list(batches(FORMS[form], Plan(batch_size=4, part=(rank, size))))
+            for rank in range(size)
+        ]
+        for place, batch in enumerate(whole):
+            mine = parts[place % size][place // size]
+            assert torch.equal(inputs(mine), inputs(batch))
+            assert torch.equal(mine.target, batch.target)  # type: ignore[arg-type]
+        assert sum(map(len, parts)) == len(whole)
+
+    @pytest.mark.parametrize("form", ["torch-pair", "dataset", "loader", "list"])
+    @pytest.mark.parametrize("limit", [1, 5, 9, 10, 99])
+    def test_a_limit_holds_over_all_processes(self, form: str, limit: int) -> None:
+        taken = [
+            batches(FORMS[form], Plan(batch_size=4, limit=limit, part=(rank, 2)))
+            for rank in range(2)
+        ]
+        labels = sorted(int(v) for part in taken for b in part for v in b.target)  # type: ignore[union-attr]
+        whole = batches(FORMS[form], Plan(batch_size=4, limit=limit))
+        assert labels == sorted(int(v) for b in whole for v in b.target)  # type: ignore[union-attr]
+        assert len(labels) == min(limit, 10)
+
+    def test_only_ones_own_share_is_loaded(self) -> None:
+        loaded: list[int] = []
+
+        class Told(Squares):
+            def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+                loaded.append(index)
+                return X[index], index
+
+        list(batches(Told(), Plan(batch_size=4, part=(1, 2))))
+        assert loaded == [4, 5, 6, 7]
+
+
+class TestOnly:
+    @pytest.mark.parametrize("keyed", [False, True])
+    def test_some_of_the_samples(self, keyed: bool) -> None:
+        raw: Any = {"x": X, "scale": torch.tensor(2.0), "y": Y} if keyed else (X, Y)
+        batch = as_batch(raw)
+        mask = Y % 3 == 0
+        found = batch.only(mask)
+        values = found.inputs["x"] if isinstance(found.inputs, dict) else found.inputs[0]
+        assert torch.equal(values, X[mask])
+        assert found.size == 4
+        assert found.target is not None
+        assert found.target.tolist() == [0, 3, 6, 9]
+        assert batch.only(torch.ones(10, dtype=torch.bool)) is batch
+        if isinstance(found.inputs, dict):
+            assert found.inputs["scale"] == 2

@@ -10,7 +10,7 @@ import click
 
 from ensemblekit.averaging import RULES
 from ensemblekit.cli import options, show
-from ensemblekit.errors import listing
+from ensemblekit.errors import UsageError, listing
 
 if TYPE_CHECKING:
     from ensemblekit.commands.result import AverageResult
@@ -40,6 +40,7 @@ _SELECTION = ("weights", "exclude", "last", "every", "from_step", "to_step", "be
     metavar="C1,C2,...",
     help="For --method weighted: one number a snapshot, oldest first.",
 )
+@options.CANDIDATE
 @options.SELECTION
 @options.MODEL
 @options.option(
@@ -70,6 +71,8 @@ def command(
     output: str,
     method: str,
     coefficients: str | None,
+    candidate: str | None,
+    source: str | None,
     bn: str,
     force: bool,
     dry_run: bool,
@@ -85,9 +88,13 @@ def command(
     and the average are evaluated.
     """
     from ensemblekit.commands.average import average
+    from ensemblekit.distributed import rank
     from ensemblekit.options import ModelOptions
     from ensemblekit.selection import Selection
 
+    taken = options.candidate(candidate, source)
+    if taken is not None and (coefficients is not None or method != "uniform" or bn != "auto"):
+        raise UsageError("--candidate has its own coefficients and BatchNorm statistics")
     selecting = {name: rest.pop(name) for name in _SELECTION}
     rule_options = {} if coefficients is None else {"coefficients": options.numbers(coefficients)}
     if coefficients is not None and method == "uniform":
@@ -101,12 +108,15 @@ def command(
             selection=Selection(**selecting),
             model=ModelOptions(model_args=options.pairs(model_arg) if model_arg else {}, **rest),
             bn=bn,
+            candidate=taken,
             force=force,
             dry_run=dry_run,
             strict=strict,
             command=["ensemblekit", *sys.argv[1:]],
             progress=show.progress(quiet=obj["quiet"] or as_json),
         )
+    if rank() != 0:  # of a torchrun: process 0 prints
+        return 0
     if as_json:
         click.echo(json.dumps(result.to_json()))
     else:

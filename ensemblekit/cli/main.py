@@ -133,11 +133,13 @@ def run(argv: list[str]) -> int:
 
 
 def _report(error: EnsembleKitError, *, as_json: bool) -> int:
-    if as_json:
+    place = int(os.environ.get("RANK", "0")) if "MASTER_ADDR" in os.environ else 0
+    if as_json and place == 0:
         body = {"kind": error.kind, "message": error.message, "hint": error.hint}
         click.echo(json.dumps({"schema_version": 1, "error": body}))
     else:
-        click.echo(show.styled("error: ", fg="red") + error.message, err=True)
+        who = f"[rank {place}] " if place else ""
+        click.echo(who + show.styled("error: ", fg="red") + error.message, err=True)
         if error.hint:
             click.echo(show.styled("hint: ", fg="cyan") + error.hint, err=True)
     return error.exit_code

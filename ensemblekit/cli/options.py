@@ -107,6 +107,26 @@ MODEL: Callable[[Any], Any] = _stack(
     ),
 )
 
+CANDIDATE: Callable[[Any], Any] = _stack(
+    option("--candidate", metavar="NAME", help="Take a candidate that compare measured."),
+    option("--from", "source", metavar="FILE", help="The comparison.json that it stands in."),
+)
+
+
+def candidate(name: str | None, source: str | None) -> tuple[str, str] | None:
+    """Both of `--candidate` and `--from`, or neither.
+
+    Raises:
+        UsageError: One without the other.
+    """
+    if (name is None) != (source is None):
+        raise UsageError(
+            "--candidate NAME and --from comparison.json go together",
+            hint="ensemblekit compare prints the command",
+        )
+    return None if name is None or source is None else (name, source)
+
+
 TASK: Callable[[Any], Any] = _stack(
     option(
         "--task",

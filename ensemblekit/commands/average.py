@@ -18,6 +18,7 @@ from ensemblekit.commands import provenance
 from ensemblekit.commands.bn_plan import BN_POLICIES, BnPlan, plan_bn
 from ensemblekit.commands.result import AverageResult, Measured
 from ensemblekit.discovery import discover
+from ensemblekit.distributed import rank
 from ensemblekit.errors import CheckFailedError, UsageError, one_of
 from ensemblekit.files import check_output
 from ensemblekit.options import ModelOptions, Progress
@@ -37,6 +38,7 @@ def average(
     selection: Selection | None = None,
     model: ModelOptions | None = None,
     bn: str = "auto",
+    candidate: tuple[str, str | os.PathLike[str]] | None = None,
     force: bool = False,
     dry_run: bool = False,
     strict: bool = False,
@@ -55,6 +57,8 @@ def average(
         bn: `auto` recomputes BatchNorm statistics when there is training data, and keeps the
             better of recomputed and averaged ones when there is validation data; `recompute`
             insists, `average` never does, `error` refuses to leave them averaged.
+        candidate: (name, comparison.json): make a candidate that `compare` measured, with the
+            BatchNorm statistics it was measured with. Leaves no room for a rule or for `bn`.
         force: Replace an existing output.
         dry_run: Say what would be done.
         strict: A warning is a failed check.
@@ -74,6 +78,17 @@ def average(
     if path is not None:
         writers.check_format(path)
     snapshots = discover(*paths, selection=selection)
+    if candidate is not None:
+        return _measured_before(
+            snapshots,
+            candidate[0],
+            Path(candidate[1]),
+            path,
+            force=force,
+            dry_run=dry_run,
+            strict=strict,
+            command=command,
+        )
     options = options.with_model_from([s.facts.model_hint for s in snapshots.snapshots])
     row = averaging.rule(method)(snapshots, **(rule_options or {}))
     if snapshots.ordered_by == "content" and len({*row.coefficients}) > 1:
@@ -103,25 +118,86 @@ def average(
 
         measured = measure(snapshots, row, plan, bn, options, progress)
         warnings += measured.warnings
-    weights = _Weights(snapshots, row, measured, warnings, strict=strict)
+    if rank() != 0:  # of a torchrun: process 0 writes
+        return replace(result, warnings=tuple(warnings))
     result = replace(
         result, batch_norm=_bn_json(plan, measured), evaluation=tuple(measured.evaluation)
     )
+    weights = _Weights(snapshots, row, measured, warnings, strict=strict)
+    return _written(result, weights, path, request, command, force=force)
+
+
+def _measured_before(
+    snapshots: SnapshotSet,
+    name: str,
+    comparison: Path,
+    path: Path | None,
+    *,
+    force: bool,
+    dry_run: bool,
+    strict: bool,
+    command: Sequence[str],
+) -> AverageResult:
+    """The one model of a candidate that `compare` measured."""
+    from ensemblekit.commands import chosen
+
+    taken = chosen.take(name, comparison, snapshots)
+    if len(taken.candidate.rows) > 1:
+        raise UsageError(
+            f"{name} is an ensemble of {len(taken.candidate.rows)} models, and average makes one",
+            hint="choose a candidate of kind single or averaged",
+        )
+    (row,), (policy,), (statistics,) = (
+        taken.candidate.rows,
+        taken.candidate.batch_norm,
+        taken.statistics,
+    )
+    warnings = list(snapshots.warnings)
+    plan = BnPlan(snapshots.norm_layers, (), stale=policy == "averaged", recompute=bool(statistics))
+    result = _described(taken.snapshots, row, name, plan)
+    measured = Measured(policy, dict(statistics), taken.samples)
+    result = replace(result, batch_norm=_bn_json(plan, measured))
+    request: dict[str, Any] = {}
+    if path is not None:
+        request = provenance.request(taken.snapshots, row, name, policy, ModelOptions())
+        request["comparison"] = provenance.file_digest(comparison)
+        if not force and (done := provenance.up_to_date(path, result, request)):
+            return done
+        check_output(path, inputs=_files(taken.snapshots), force=force)
+    if dry_run or rank() != 0:
+        shown = None if path is None else str(path)
+        return replace(result, output=shown, warnings=tuple(warnings))
+    weights = _Weights(taken.snapshots, row, measured, warnings, strict=strict)
+    return _written(result, weights, path, request, command, force=force)
+
+
+def _written(
+    result: AverageResult,
+    weights: "_Weights",
+    path: Path | None,
+    request: dict[str, Any],
+    command: Sequence[str],
+    *,
+    force: bool,
+) -> AverageResult:
+    """The weights in their file, or in memory when there is no path."""
+    snapshots = weights.snapshots
     if path is None:
         arrays, sink = array_sink(snapshots)
         cosines = weights.fill(sink).cosines
-        return replace(result, warnings=tuple(warnings), cosines=cosines, state=arrays)
+        return replace(result, warnings=tuple(weights.warnings), cosines=cosines, state=arrays)
+    done = result
 
     def manifest(digest: str) -> dict[str, Any]:
-        nonlocal result
-        result = replace(
+        nonlocal done
+        done = replace(
             result,
             output=str(path),
             sha256=digest,
-            warnings=tuple(warnings),
+            warnings=tuple(weights.warnings),
             cosines=weights.similarity.cosines,
         )
-        return provenance.manifest(result, snapshots, row, measured.policy, command, request)
+        return provenance.manifest(done, snapshots, weights.row, weights.policy, command, request)
 
     writers.save(
         path,
@@ -132,7 +208,7 @@ def average(
         inputs=_files(snapshots),
         force=force,
     )
-    return result
+    return done
 
 
 def _files(snapshots: SnapshotSet) -> list[Path]:
@@ -186,6 +262,7 @@ class _Weights:
     ) -> None:
         self.snapshots = snapshots
         self.row = row
+        self.policy = measured.policy
         self.statistics = measured.statistics
         self.warnings = warnings
         self.strict = strict

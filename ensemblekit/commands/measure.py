@@ -13,6 +13,7 @@ from ensemblekit.cache import Cache
 from ensemblekit.candidates import Member, Row, one_hot
 from ensemblekit.commands.bn_plan import BnPlan
 from ensemblekit.commands.result import Evaluation, Measured
+from ensemblekit.distributed import world
 from ensemblekit.errors import UsageError
 from ensemblekit.options import ModelOptions, Progress
 from ensemblekit.snapshots import SnapshotSet
@@ -30,11 +31,16 @@ def measure(
     options: ModelOptions,
     progress: Progress | None,
 ) -> Measured:
-    """Recompute statistics, evaluate the members and the average, choose on validation data."""
+    """Recompute statistics, evaluate the members and the average, choose on validation data.
+
+    Under torchrun every process takes part; what process 0 returns counts.
+    """
     found = Measured("averaged" if plan.stale else "none")
     count = len(snapshots)
-    with Cache(None, _NO_LIMIT) as cache:
-        bench = Workbench(snapshots, options, cache=cache, frozen=plan.frozen, progress=progress)
+    with Cache(None, _NO_LIMIT) as cache, world() as here:
+        bench = Workbench(
+            snapshots, options, cache=cache, frozen=plan.frozen, world=here, progress=progress
+        )
         members = {
             (snapshot.name, "own"): Member(one_hot(k, count))
             for k, snapshot in enumerate(snapshots.snapshots)
@@ -47,7 +53,7 @@ def measure(
             members["average", "recomputed"] = recomputed
         if bench.splits:
             bench.predict(list(members.values()))
-            found.evaluation += _evaluated(bench, members)
+            found.evaluation += _evaluated(bench, members) if here.rank == 0 else ()
         if plan.recompute:
             bench.models([recomputed])
             statistics = bench.statistics(recomputed)

@@ -80,6 +80,11 @@ def request(
     }
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of a comparison, named by its file or its folder."""
+    return sha256(Source(path / "comparison.json" if path.is_dir() else path))
+
+
 def up_to_date(path: Path, result: AverageResult, request: dict[str, Any]) -> AverageResult | None:
     """The result of the earlier identical command, if its output is still there and whole."""
     earlier = writers.read_manifest(path)

@@ -114,6 +114,7 @@ BELOW = [
     "commands.bn_plan",
     "commands.provenance",
     "commands.report_folder",
+    "commands.chosen",
     "commands.audit",
     "commands.measure",
     "commands.average",
@@ -138,7 +139,13 @@ INSIDE = {
     ("commands.provenance", "targets"),
     ("cli.settings", "cli.main"),  # the registry of commands, whose options are the settings
 }
-NO_TORCH_AT_MODULE_LEVEL = ["targets", "commands.average", "commands.audit", "commands.provenance"]
+NO_TORCH_AT_MODULE_LEVEL = [
+    "distributed",
+    "targets",
+    "commands.average",
+    "commands.audit",
+    "commands.provenance",
+]
 
 
 def name_of(path: Path) -> str:
