@@ -14,7 +14,6 @@ from sklearn.metrics import accuracy_score, log_loss
 
 from ensemblekit import metrics
 
-
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 

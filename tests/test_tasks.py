@@ -205,12 +205,15 @@ class TestDetect:
 
     @pytest.mark.parametrize("task", TASKS)
     def test_a_named_task_that_does_not_fit(self, task: str) -> None:
-        labels = whole(5, 6, 2, 2, 2)
-        batch = batch_of(labels)
-        with pytest.raises(InputError):
-            form = detect(normal(6, 3, 7), batch, task=task)
+        batch, outputs = batch_of(whole(5, 6, 2, 2, 2)), normal(6, 3, 7)
+
+        def use() -> None:
+            form = detect(outputs, batch, task=task)
             form.targets(batch)
-            form.outputs(normal(6, 3, 7), batch)
+            form.outputs(outputs, batch)
+
+        with pytest.raises(InputError):
+            use()
 
     @pytest.mark.parametrize(
         "raw, words", [((LOGITS,), "inputs alone"), ({"pixels": LOGITS}, "pixels")]

@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from ensemblekit.commands.report_folder import read_comparison
 from ensemblekit.errors import UsageError
 
 _SOURCES = Path(__file__).parent.parent / "demo_files"
@@ -42,6 +43,8 @@ def prepare(folder: Path, *, force: bool) -> None:
     for pattern in _MADE:
         for old in folder.glob(pattern):
             old.unlink()
+    if read_comparison(folder / "comparison") is not None:
+        shutil.rmtree(folder / "comparison")
     for name in _FILES:
         shutil.copyfile(_SOURCES / name, folder / name)
 
@@ -64,6 +67,11 @@ def steps(seed: int) -> list[Step]:
             "Average the snapshots; ensemblekit.toml names the model and the data.",
             "ensemblekit average ckpts/",
             (*ensemblekit, "average", "ckpts/"),
+        ),
+        Step(
+            "Compare snapshots, averages and ensembles, and decide what to ship.",
+            "ensemblekit compare ckpts/",
+            (*ensemblekit, "compare", "ckpts/"),
         ),
     ]
 
