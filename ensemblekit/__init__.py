@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from ensemblekit.candidates import Row as Row
     from ensemblekit.commands.audit import audit as audit
     from ensemblekit.commands.average import average as average
+    from ensemblekit.commands.compare import CompareOptions as CompareOptions
+    from ensemblekit.commands.compare import compare as compare
     from ensemblekit.commands.result import AverageResult as AverageResult
     from ensemblekit.discovery import discover as discover
     from ensemblekit.errors import EnsembleKitError as EnsembleKitError
@@ -27,6 +29,7 @@ _PUBLIC: dict[str, str] = {
     "AverageResult": "ensemblekit.commands.result",
     "Candidate": "ensemblekit.candidates",
     "EnsembleKitError": "ensemblekit.errors",
+    "CompareOptions": "ensemblekit.commands.compare",
     "ModelOptions": "ensemblekit.options",
     "Row": "ensemblekit.candidates",
     "Selection": "ensemblekit.selection",
@@ -34,6 +37,7 @@ _PUBLIC: dict[str, str] = {
     "SnapshotSet": "ensemblekit.snapshots",
     "audit": "ensemblekit.commands.audit",
     "average": "ensemblekit.commands.average",
+    "compare": "ensemblekit.commands.compare",
     "discover": "ensemblekit.discovery",
     "recompute_bn": "ensemblekit.batchnorm",
 }

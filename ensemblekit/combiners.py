@@ -19,6 +19,7 @@ from ensemblekit.errors import one_of
 
 Params = Mapping[str, Any]
 
+_FIT_UP_TO = 1 << 25  # outputs of all members that a temperature is fitted on
 _FEATURES_AT_MOST = 2048  # of a stacking model; beyond it the fit takes minutes
 
 
@@ -122,8 +123,18 @@ def _temperature(outputs_MRC: torch.Tensor, params: Params, task: str) -> torch.
 def _fit_temperature(
     outputs_MRC: npt.NDArray[Any], targets: npt.NDArray[Any], task: str
 ) -> dict[str, Any]:
-    mean_RC = _mean(torch.from_numpy(np.asarray(outputs_MRC, np.float32)), {}, task)
-    return {"temperature": best_temperature(mean_RC, torch.from_numpy(targets), task)}
+    taken = _some_rows(outputs_MRC)
+    mean_RC = _mean(torch.from_numpy(np.asarray(outputs_MRC[:, taken], np.float32)), {}, task)
+    return {"temperature": best_temperature(mean_RC, torch.from_numpy(targets[taken]), task)}
+
+
+def _some_rows(outputs_MRC: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """All rows, or a seeded draw of them that is enough for one number."""
+    members, rows, classes = outputs_MRC.shape
+    most = max(5000, _FIT_UP_TO // (members * classes))
+    if rows <= most:
+        return np.arange(rows)
+    return np.sort(np.random.default_rng(0).permutation(rows)[:most])
 
 
 def best_temperature(logits_RC: torch.Tensor, targets: torch.Tensor, task: str) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ensemblekit.errors import UsageError
 from ensemblekit.evaluation import Loss
 from ensemblekit.statistics import samples_needed
 
@@ -36,6 +37,13 @@ class Budget:
     runtime: str = "torch"
     device: str = "cpu"
     precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        least = {"max_latency_ms": 0, "latency_batch": 1, "max_members": 1, "max_bytes": 1}
+        for name, bound in {**least, "margin": 0}.items():
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= bound):
+                raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least {bound}")
 
 
 @dataclass(frozen=True)

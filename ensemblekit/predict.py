@@ -218,8 +218,8 @@ def _predict_batch(
                 _outputs(member(m, i), moved, keep, _name(names, m + i)) for i in range(members)
             ]
             if keep.jointly:
-                stacked = torch.stack(outputs).cpu().numpy()
-                records[m] = find_rivals(stacked, truth.values_R.cpu().numpy()).to_bytes()
+                arrays = [one.cpu().numpy() for one in outputs]
+                records[m] = find_rivals(arrays, truth.values_R.cpu().numpy()).to_bytes()
             else:
                 records[m] = keep.record(outputs[0], on_device)
     sizes = None if truth.sizes_N is None else truth.sizes_N.cpu().numpy()

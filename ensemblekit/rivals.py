@@ -20,7 +20,7 @@ Floats = npt.NDArray[np.floating[Any]]
 _HEAD = struct.Struct("<QQQ")  # members, rows, rivals
 _BLOCK = 1 << 21  # elements of an intermediate array
 _GROUP = 8  # probabilities that are multiplied before one logarithm is taken
-_SAFE = 1e-37  # the product of eight of these is still a normal float64
+_SAFE = -85.0  # the product of eight probabilities of e**-85 is still a normal float64
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ def half(values: Floats) -> npt.NDArray[np.float16]:
     return np.maximum(values, -65504.0).astype(np.float16)
 
 
-def find_rivals(log_probs_MRC: Floats, targets_R: npt.NDArray[np.int64]) -> Rivals:
-    """The short form of log-probabilities.
+def find_rivals(log_probs_MRC: Sequence[Floats], targets_R: npt.NDArray[np.int64]) -> Rivals:
+    """The short form of log-probabilities (R, C) of each of M members.
 
     A lower class than the true one wins when it is as probable, a higher one only when it is more
     so: ties go to the lower class, as in `argmax`.
@@ -115,20 +115,34 @@ def find_rivals(log_probs_MRC: Floats, targets_R: npt.NDArray[np.int64]) -> Riva
     >>> found.classes_Q
     array([0, 2])
     """
-    _, rows, classes = log_probs_MRC.shape
-    true_MR = np.take_along_axis(log_probs_MRC, targets_R[None, :, None], axis=2)[..., 0]
+    rows, classes = log_probs_MRC[0].shape
+    step = max(1, _BLOCK // max(classes, 1))
+    parts = [
+        _find([one[first : first + step] for one in log_probs_MRC], targets_R[first : first + step])
+        for first in range(0, max(rows, 1), step)
+    ]
+    return parts[0] if len(parts) == 1 else join(parts)
+
+
+def _find(log_probs_MRC: Sequence[Floats], targets_R: npt.NDArray[np.int64]) -> Rivals:
+    rows, classes = log_probs_MRC[0].shape
+    every_R = np.arange(rows)
+    true_MR = np.stack([one[every_R, targets_R] for one in log_probs_MRC])
     beats_RC = np.zeros((rows, classes), dtype=bool)
-    lower_RC = np.arange(classes)[None, :] < targets_R[:, None]
     for log_probs_RC, true_R in zip(log_probs_MRC, true_MR, strict=True):
-        beats_RC |= log_probs_RC > true_R[:, None]
-        beats_RC |= (log_probs_RC == true_R[:, None]) & lower_RC
+        beats_RC |= log_probs_RC >= true_R[:, None]
     rows_Q, classes_Q = np.nonzero(beats_RC)
+    rivals_MQ = np.stack([one[rows_Q, classes_Q] for one in log_probs_MRC])
+    # as probable in some member and more so in none: a rival only when it is the lower class
+    ahead_Q = (rivals_MQ > true_MR[:, rows_Q]).any(axis=0) | (classes_Q < targets_R[rows_Q])
+    ahead_Q &= classes_Q != targets_R[rows_Q]
+    rows_Q = rows_Q[ahead_Q]
     return Rivals(
         targets_R,
         true_MR,
-        beats_RC.sum(axis=1),
-        classes_Q,
-        log_probs_MRC[:, rows_Q, classes_Q],
+        np.bincount(rows_Q, minlength=rows),
+        classes_Q[ahead_Q],
+        rivals_MQ[:, ahead_Q],
     )
 
 
@@ -166,41 +180,48 @@ def score_mixes(rivals: Rivals, weights_SM: npt.NDArray[np.float64]) -> MixScore
     rows = len(rivals.targets_R)
     true_MR = np.exp(rivals.true_MR.astype(np.float64))
     rows_Q = rivals.rows_Q
-    lead_MQ = np.exp(rivals.rivals_MQ.astype(np.float64)) - true_MR[:, rows_Q]
+    lead_QM = (np.exp(rivals.rivals_MQ.astype(np.float64)) - true_MR[:, rows_Q]).T.copy()
     # ahead means "> 0", for lower classes ">= 0", which is "> the largest negative number"
-    limit_Q = np.where(rivals.classes_Q < rivals.targets_R[rows_Q], -5e-324, 0.0)
-    starts = np.cumsum(rivals.counts_R) - rivals.counts_R
-    starts = starts[rivals.counts_R > 0]
+    limit_Q1 = np.where(rivals.classes_Q < rivals.targets_R[rows_Q], -5e-324, 0.0)[:, None]
+    starts = (np.cumsum(rivals.counts_R) - rivals.counts_R)[rivals.counts_R > 0]
+    # a member that gives a row next to nothing: such rows are summed as logarithms
+    tiny_R = rivals.true_MR.min(axis=0) < _SAFE
+    true_RM = np.ascontiguousarray(true_MR[:, ~tiny_R].T)
+    rare_MR = rivals.true_MR[:, tiny_R].astype(np.float64)
     correct_S = np.full(len(weights_SM), rows, dtype=np.int64)
     nll_S = np.zeros(len(weights_SM))
-    step = max(1, _BLOCK // max(rows, len(rows_Q), 1))
+    step = max(8, _BLOCK // max(rows, len(rows_Q), 1))
     for first in range(0, len(weights_SM), step):
-        block_SM = weights_SM[first : first + step]
-        nll_S[first : first + step] = -_sum_of_logs(block_SM @ true_MR, rivals, block_SM) / rows
+        block = slice(first, first + step)
+        weights_MS = np.ascontiguousarray(weights_SM[block].T)
+        nll_S[block] = -(_sum_of_logs(true_RM @ weights_MS) + _rare(rare_MR, weights_MS)) / rows
         if len(starts):
-            ahead_SQ = block_SM @ lead_MQ > limit_Q
-            beaten_S = np.logical_or.reduceat(ahead_SQ, starts, axis=1).sum(axis=1)
-            correct_S[first : first + step] -= beaten_S
+            ahead_QS = lead_QM @ weights_MS > limit_Q1
+            correct_S[block] -= np.logical_or.reduceat(ahead_QS, starts, axis=0).sum(axis=0)
     return MixScores(correct_S, nll_S)
 
 
-def _sum_of_logs(
-    probs_SR: npt.NDArray[np.float64], rivals: Rivals, weights_SM: npt.NDArray[np.float64]
+def _sum_of_logs(probs_RS: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Sum over rows; one logarithm for eight of them, whose product stays a normal number."""
+    whole = len(probs_RS) // _GROUP * _GROUP
+    product = probs_RS[:whole].reshape(_GROUP, -1, probs_RS.shape[1])
+    total = product[0].copy()
+    for part in product[1:]:
+        total *= part
+    total_S: npt.NDArray[np.float64] = np.log(total).sum(axis=0)
+    total_S += np.log(probs_RS[whole:]).sum(axis=0)
+    return total_S
+
+
+def _rare(
+    true_MR: npt.NDArray[np.float64], weights_MS: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """Sum over rows; one logarithm for eight rows, whose product stays a normal number."""
-    tiny_R = (probs_SR < _SAFE).any(axis=0)
-    total_S = np.zeros(len(probs_SR))
-    if tiny_R.any():
-        with np.errstate(divide="ignore"):
-            weights = np.log(weights_SM)[:, :, None]
-        for column in np.nonzero(tiny_R)[0]:  # rare: the logarithms themselves are added
-            total_S += np.logaddexp.reduce(
-                weights[:, :, 0] + rivals.true_MR[:, column].astype(np.float64), axis=1
-            )
-        probs_SR = np.where(tiny_R, 1.0, probs_SR)
-    whole = probs_SR.shape[1] // _GROUP * _GROUP
-    product = probs_SR[:, :whole].reshape(len(probs_SR), _GROUP, -1).prod(axis=1)
-    total_S += np.log(product).sum(axis=1) + np.log(probs_SR[:, whole:]).sum(axis=1)
+    """The same sum, of logarithms all along."""
+    total_S = np.zeros(weights_MS.shape[1])
+    with np.errstate(divide="ignore"):
+        logs_MS = np.log(weights_MS)
+    for true_M in true_MR.T:
+        total_S += np.logaddexp.reduce(logs_MS + true_M[:, None], axis=0)
     return total_S
 
 

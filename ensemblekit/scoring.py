@@ -81,9 +81,7 @@ def _classes(predictions: Predictions, mixes: Sequence[Mix]) -> list[Scores]:
     weights = [mix.weights(pool) for mix in mixes]
     for first in range(0, rows, step):
         block = slice(first, first + step)
-        log_probs_MRC = torch.stack(
-            [torch.from_numpy(np.asarray(a[block], np.float32)) for a in predictions.outputs]
-        )
+        log_probs_MRC = _stacked(predictions.outputs, block)
         targets_R = torch.from_numpy(predictions.targets[block])
         probs_MRC = log_probs_MRC.exp()
         true_MR = log_probs_MRC.gather(2, targets_R.expand(pool, -1)[..., None])[..., 0].double()
@@ -183,10 +181,18 @@ def _disagreement(decided_MR: torch.Tensor) -> torch.Tensor:
 
 def combined_log_probs(predictions: Predictions, mix: Mix) -> torch.Tensor:
     """The combined outputs (R, C) of one mix, whole, for figures that need them."""
-    stacked_MRC = torch.stack(
-        [torch.from_numpy(np.asarray(predictions.outputs[m], np.float32)) for m in mix.members]
-    )
-    return combiners.combine(mix.combiner, stacked_MRC, mix.params, predictions.form.task)
+    arrays = [predictions.outputs[m] for m in mix.members]
+    step = max(1, _BLOCK // (len(arrays) * predictions.form.classes))
+    parts = []
+    for first in range(0, len(predictions.targets), step):
+        block_MRC = _stacked(arrays, slice(first, first + step))
+        parts.append(combiners.combine(mix.combiner, block_MRC, mix.params, predictions.form.task))
+    return torch.cat(parts)
+
+
+def _stacked(arrays: Sequence[npt.NDArray[Any]], block: slice) -> torch.Tensor:
+    """A block of rows of several members as one float32 tensor."""
+    return torch.stack([torch.from_numpy(np.asarray(a[block], np.float32)) for a in arrays])
 
 
 # --------------------------------------------------------------------------- other tasks

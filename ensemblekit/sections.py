@@ -89,9 +89,9 @@ def subsets(contest: Contest) -> list[dict[str, Any]] | None:
     if predictions.form.task != "classification" or not 2 <= count <= MOST_EXHAUSTIVE:
         return None
     _, mix = contest.mix(families.ensemble("all", range(count), count))
-    stacked = np.stack([np.asarray(predictions.outputs[m]) for m in mix.members])
+    outputs = [predictions.outputs[m] for m in mix.members]
     weights_SM = all_subset_weights(count)
-    scores = score_mixes(find_rivals(stacked, predictions.targets), weights_SM)
+    scores = score_mixes(find_rivals(outputs, predictions.targets), weights_SM)
     sizes_S, names = (weights_SM > 0).sum(axis=1), np.array(contest.names)
     found = []
     for size in range(1, count + 1):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -141,7 +142,7 @@ def command(
                 budget=budget,
                 require_gain=require_gain,
                 cache_dir=None if cache_dir is None else Path(cache_dir),
-                cache_bytes=int(cache_size * 1e9),
+                cache_bytes=round(cache_size * 1e9) if math.isfinite(cache_size) else -1,
             ),
             selection=Selection(**selecting),
             force=force,

@@ -64,6 +64,12 @@ class CompareOptions:
     cache_dir: Path | None = None
     cache_bytes: int = CACHE_BYTES
 
+    def __post_init__(self) -> None:
+        if self.cache_bytes < 0:
+            raise UsageError(f"--cache-size {self.cache_bytes / 1e9:g}: must be at least 0")
+        if isinstance(self.metric, str) and ":" not in self.metric:
+            one_of(self.metric, metrics.FIGURES, what="metric")
+
 
 @dataclass(frozen=True)
 class CompareResult:

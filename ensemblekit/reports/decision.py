@@ -5,7 +5,7 @@ Input: a `View`.
 
 from collections.abc import Iterable
 
-from ensemblekit.reports.view import Json, View, kind_of, members, name_of, p50_ms, p_value, part
+from ensemblekit.reports.view import Json, View, kind_of, members, name_of, p50_ms, part
 from ensemblekit.reports.wording import (
     milliseconds,
     nbytes,
@@ -78,7 +78,8 @@ def _gain(view: View) -> str:
         return ""
     span = view.metric.span(gain.get("ci"))
     notes = [f"95%: {span}"] if span else []
-    if (p := p_value(view.decision)) is not None:
+    # one candidate, chosen on other data: nothing to adjust for
+    if (p := number(part(view.decision, "gain").get("p_value"))) is not None:
         notes.append(f"p {probability(p)}")
     shown = view.metric.gain(gain["value"]) + (f" ({', '.join(notes)})" if notes else "")
     return shown + ("; not told apart from none" if view.decision.get("real") is False else "")

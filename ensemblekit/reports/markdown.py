@@ -72,7 +72,7 @@ def _candidates(view: View) -> Iterable[str]:
         return
     metric, split = view.metric, view.split("reporting")
     yield "## Candidates"
-    numbers = [escaped(f"{metric.name} ({split})"), "gain", "p50 ms", "models", "p"]
+    numbers = [escaped(f"{metric.name} ({split})"), "gain", "p50 ms", "models", "p (Holm)"]
     numbers += [other.name for other in view.secondary[:2]] + ["size"]
     rule = ["---", "---", *("--:" for _ in numbers), "---"]
     rows = [_cells(view, candidate) for candidate in view.candidates]

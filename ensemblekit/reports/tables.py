@@ -87,7 +87,7 @@ def _columns(view: View) -> Iterable[Column]:
     yield Column("gain", _at("gain", "value"), metric.gain, lambda c: metric.span(ends(c)), True)
     yield Column("p50 ms", p50_ms, milliseconds)
     yield Column("models", members)
-    yield Column("p", p_value, probability)
+    yield Column("p (Holm)", p_value, probability)
     if view.split("choosing") != view.split("reporting"):
         title = f"{metric.name} ({view.split('choosing')})"
         yield Column(title, lambda c: view.value(c, "choosing"), metric.show, descending=up)
