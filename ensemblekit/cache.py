@@ -24,7 +24,7 @@ from ensemblekit.errors import MachineError
 
 _LINE = struct.Struct("<16sQII")  # digest of the batch, end of the record, its samples, its CRC
 _BLOCK = 1 << 20
-_SMALL = 256 << 20  # bytes that are read at once instead of being mapped
+_SMALL = 16 << 20  # bytes that are read at once instead of being mapped
 
 
 class Log:

@@ -6,7 +6,6 @@ only their probabilities of the true classes (or, for values, a Gram matrix).
 Legend of shapes: M members, R rows, S mixes of members.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ensemblekit.rivals import all_subset_weights
-from ensemblekit.workbench import Predictions
+from ensemblekit.workbench import Predictions, true_outputs
 
 Floats = npt.NDArray[np.float64]
 
@@ -180,19 +179,17 @@ def best_subset(losses: Losses) -> Floats:
     return best
 
 
-def losses_of(predictions: Predictions, members: Sequence[int]) -> Losses:
-    """The losses of mixes of some members of a pool, on the rows of `predictions`."""
+def losses_of(predictions: Predictions) -> Losses:
+    """The losses of mixes of all members, on all rows of `predictions`."""
     task, targets = predictions.form.task, predictions.targets
     if task == "segmentation":
         assert predictions.rivals is not None
-        return LogLoss(predictions.rivals.true_MR[list(members)])
-    outputs = [predictions.outputs[m] for m in members]
+        return LogLoss(predictions.rivals.true_MR)
     if task == "tokens":
-        return LogLoss(np.stack([one[:, 0] for one in outputs]))
+        return LogLoss(np.stack([one[:][:, 0] for one in predictions.outputs]))
     if task == "classification":
-        truth = targets[:, None]
-        return LogLoss(np.stack([np.take_along_axis(o, truth, axis=1)[:, 0] for o in outputs]))
-    stacked = np.stack([np.asarray(one) for one in outputs])
+        return LogLoss(np.stack([true_outputs(one, targets) for one in predictions.outputs]))
+    stacked = np.stack([one[:] for one in predictions.outputs])
     if task == "multilabel":
         return BinaryLogLoss(stacked, targets).log_loss()
     return SquaredLoss.from_values(stacked, targets)

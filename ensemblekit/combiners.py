@@ -7,7 +7,7 @@ Legend of shapes: M members, R rows, C classes, labels or values. Outputs are lo
 classes, logits of labels, or values.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from ensemblekit.errors import one_of
 
 Params = Mapping[str, Any]
 
-_FIT_UP_TO = 1 << 25  # outputs of all members that a temperature is fitted on
+_FIT_UP_TO = 1 << 24  # outputs of all members that a temperature is fitted on
 _FEATURES_AT_MOST = 2048  # of a stacking model; beyond it the fit takes minutes
 
 
@@ -33,14 +33,15 @@ class Combiner:
         linear: A weighted mean of probabilities (or values): exact from true class and rivals.
         fitted: It has numbers that are fitted on labels.
         combine: `combine(outputs_MRC, params, task) -> outputs_RC`.
-        fit: `fit(outputs_MRC, targets, task) -> params`, None where nothing is fitted.
+        fit: `fit(outputs, targets, task) -> params` from M outputs (R, C) that may lie on disk; None
+            where nothing is fitted, and it returns None where it cannot be.
     """
 
     tasks: tuple[str, ...]
     likelihood: bool
     linear: bool
     combine: Callable[[torch.Tensor, Params, str], torch.Tensor]
-    fit: Callable[[npt.NDArray[Any], npt.NDArray[Any], str], dict[str, Any] | None] | None = None
+    fit: Callable[[Sequence[Any], npt.NDArray[Any], str], dict[str, Any] | None] | None = None
 
     @property
     def fitted(self) -> bool:
@@ -121,20 +122,31 @@ def _temperature(outputs_MRC: torch.Tensor, params: Params, task: str) -> torch.
 
 
 def _fit_temperature(
-    outputs_MRC: npt.NDArray[Any], targets: npt.NDArray[Any], task: str
+    outputs: Sequence[Any], targets: npt.NDArray[Any], task: str
 ) -> dict[str, Any]:
-    taken = _some_rows(outputs_MRC)
-    mean_RC = _mean(torch.from_numpy(np.asarray(outputs_MRC[:, taken], np.float32)), {}, task)
-    return {"temperature": best_temperature(mean_RC, torch.from_numpy(targets[taken]), task)}
+    rows = _some_rows(len(targets), len(outputs) * outputs[0].shape[1])
+    outputs_MRC = _whole(outputs, rows)
+    mean_RC = _mean(torch.from_numpy(outputs_MRC), {}, task)
+    return {"temperature": best_temperature(mean_RC, torch.from_numpy(targets[rows]), task)}
 
 
-def _some_rows(outputs_MRC: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+def _some_rows(rows: int, width: int) -> npt.NDArray[np.int64]:
     """All rows, or a seeded draw of them that is enough for one number."""
-    members, rows, classes = outputs_MRC.shape
-    most = max(5000, _FIT_UP_TO // (members * classes))
+    most = max(2000, _FIT_UP_TO // width)
     if rows <= most:
         return np.arange(rows)
     return np.sort(np.random.default_rng(0).permutation(rows)[:most])
+
+
+def _whole(outputs: Sequence[Any], rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """Some rows of all members as one array (M, R, C)."""
+    return np.stack([_rows(one, rows) for one in outputs]).astype(np.float32)
+
+
+def _rows(one: Any, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    if isinstance(one, np.ndarray):
+        return one[rows]
+    return np.asarray(one.array[one.rows[rows]])
 
 
 def best_temperature(logits_RC: torch.Tensor, targets: torch.Tensor, task: str) -> float:
@@ -160,7 +172,7 @@ def best_temperature(logits_RC: torch.Tensor, targets: torch.Tensor, task: str) 
         step = slope / max(curve, 1e-12)
         new = min(max(beta - step, beta / 2), beta * 2)  # far from the minimum: halve or double
         new = min(max(new, 0.05), 20.0)
-        if abs(new - beta) < 1e-9 * beta:
+        if abs(new - beta) < 1e-7 * beta:
             break
         beta = new
     return 1.0 / beta
@@ -183,15 +195,16 @@ def _stack(outputs_MRC: torch.Tensor, params: Params, task: str) -> torch.Tensor
 
 
 def _fit_ridge_classes(
-    outputs_MRC: npt.NDArray[Any], targets: npt.NDArray[Any], task: str
+    outputs: Sequence[Any], targets: npt.NDArray[Any], task: str
 ) -> dict[str, Any] | None:
     """Ridge regression of one-hot targets on probabilities; alpha by leave-one-out."""
     from sklearn.linear_model import RidgeCV
 
-    features_RF = _features(np.exp(outputs_MRC.astype(np.float64)))
+    features_RF = _features(outputs)
     if features_RF is None:
         return None
-    hot_RC = np.eye(outputs_MRC.shape[2])[targets]
+    features_RF = np.exp(features_RF)
+    hot_RC = np.eye(outputs[0].shape[1])[targets]
     found = RidgeCV(alphas=np.logspace(-2, 4, 13)).fit(features_RF, hot_RC)
     return {
         "of": "probabilities",
@@ -201,15 +214,16 @@ def _fit_ridge_classes(
 
 
 def _fit_logistic(
-    outputs_MRC: npt.NDArray[Any], targets: npt.NDArray[Any], task: str
+    outputs: Sequence[Any], targets: npt.NDArray[Any], task: str
 ) -> dict[str, Any] | None:
     """Multinomial logistic regression on log-probabilities, L2 with C = 0.01."""
     from sklearn.linear_model import LogisticRegression
 
-    features_RF = _features(np.maximum(outputs_MRC.astype(np.float64), -30.0))
+    features_RF = _features(outputs)
     if features_RF is None:
         return None
-    classes = outputs_MRC.shape[2]
+    features_RF = np.maximum(features_RF, -30.0)
+    classes = outputs[0].shape[1]
     if len(np.unique(targets)) < classes:
         return None  # a class that was never seen would have no coefficients
     import warnings
@@ -230,12 +244,12 @@ def _fit_logistic(
 
 
 def _fit_ridge_values(
-    outputs_MRC: npt.NDArray[Any], targets: npt.NDArray[Any], task: str
+    outputs: Sequence[Any], targets: npt.NDArray[Any], task: str
 ) -> dict[str, Any] | None:
     """Ridge regression of the targets on all members' values; alpha by leave-one-out."""
     from sklearn.linear_model import RidgeCV
 
-    features_RF = _features(outputs_MRC.astype(np.float64))
+    features_RF = _features(outputs)
     if features_RF is None:
         return None
     found = RidgeCV(alphas=np.logspace(-3, 3, 13)).fit(features_RF, targets)
@@ -243,12 +257,12 @@ def _fit_ridge_values(
     return {"coef": coef.tolist(), "intercept": np.atleast_1d(found.intercept_).tolist()}
 
 
-def _features(outputs_MRC: npt.NDArray[Any]) -> npt.NDArray[np.float64] | None:
-    members, rows, classes = outputs_MRC.shape
-    if members * classes > _FEATURES_AT_MOST or rows < 2 * classes:
+def _features(outputs: Sequence[Any]) -> npt.NDArray[np.float64] | None:
+    """All members' outputs side by side, (R, M x C); None where a fit would be too wide."""
+    rows, classes = outputs[0].shape
+    if len(outputs) * classes > _FEATURES_AT_MOST or rows < 2 * classes:
         return None
-    features_RF: npt.NDArray[np.float64] = np.moveaxis(outputs_MRC, 0, 1).reshape(rows, -1)
-    return features_RF
+    return np.concatenate([one[:].astype(np.float64) for one in outputs], axis=1)
 
 
 _LIKELY = ("classification", "segmentation", "tokens", "multilabel")

@@ -108,7 +108,9 @@ class Comparison:
             },
             "snapshots": sections.snapshots_json(self.snapshots, bench.digests, cosines),
             "skipped": [{"path": str(s.path), "reason": s.reason} for s in self.snapshots.skipped],
-            "growth": sections.growth(contest, self.ranking),
+            "growth": sections.growth(
+                contest, self.ranking, {"choosing": self.chosen, "reporting": self.reported}
+            ),
             "subsets": sections.subsets(contest),
             "agreement": sections.agreement(contest.names, self.reported),
             "reliability": sections.reliability(headliners, self.reported),

@@ -13,18 +13,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ensemblekit import choosing, families
+from ensemblekit import families, fitting
 from ensemblekit.averaging.greedy_soup import greedy_soup
 from ensemblekit.averaging.learned_soup import learned_soup
 from ensemblekit.candidates import BatchNorm, Candidate, Member, Row, mean_row
-from ensemblekit.choosing import Losses
 from ensemblekit.combiners import COMBINERS
 from ensemblekit.evaluation import Measure
 from ensemblekit.families import Wanted
 from ensemblekit.scoring import Mix, Scores, score
 from ensemblekit.workbench import Predictions, Workbench
 
-FOLDS = 5
 LEARNED_STEPS = 6
 
 Taken = Callable[[int], npt.NDArray[np.bool_]]
@@ -219,113 +217,18 @@ class Contest:
                 continue
             other = families.ensemble(f"ensemble-{name}", range(count), count, combiner=name)
             made += [other] if keeps("combiners", other.name) else []
-        folded: dict[str, Scores] = {}
-        for group, name, fit in self._fits(task, count):
-            if not keeps(group, name):
-                continue
-            candidate = fit(None)
-            if candidate is not None:
-                made.append(candidate)
-                crossed = self._cross_fitted(fit)
-                if crossed is not None:
-                    folded[name] = crossed
-        return made, folded
+        singles = self.singles(self.choosing)
+        fits = [f for f in fitting.fits(task, count, on) if keeps(f.group, f.name)]
+        fitted = {fit.name: fit.make(singles) for fit in fits}
+        made += [candidate for candidate in fitted.values() if candidate is not None]
+        fits = [fit for fit in fits if fitted[fit.name] is not None]
+        return made, fitting.cross_fitted(fits, singles, seed=self.seed)
 
-    def _fits(self, task: str, count: int) -> list[tuple[str, str, "_Fit"]]:
-        """Everything that is fitted on choosing data: group, name, and the fit."""
-        found: list[tuple[str, str, _Fit]] = []
-
-        def of_weights(name: str, choose: Callable[[Losses], Any]) -> "_Fit":
-            def fit(keep_N: npt.NDArray[np.bool_] | None) -> Candidate | None:
-                weights_M = choose(self.losses(keep_N))
-                taken = [int(m) for m in np.nonzero(weights_M)[0]]
-                share = [float(weights_M[m]) for m in taken]
-                even = max(share) - min(share) < 1e-12
-                return families.ensemble(
-                    name,
-                    taken,
-                    count,
-                    combiner="mean" if even else "weighted",
-                    params={} if even else {"weights": share},
-                    chosen_on=self.choosing.name,
-                )
-
-            return fit
-
-        found.append(
-            (
-                "ensembles",
-                "ensemble-greedy",
-                of_weights("ensemble-greedy", choosing.greedy_ensemble),
-            )
-        )
-        if count <= choosing.MOST_EXHAUSTIVE:
-            name = "ensemble-best-subset"
-            found.append(("ensembles", name, of_weights(name, choosing.best_subset)))
-        name = "ensemble-weighted"
-        found.append(("combiners", name, of_weights(name, lambda losses: losses.best_weights())))
-
-        def of_combiner(name: str) -> "_Fit":
-            def fit(keep_N: npt.NDArray[np.bool_] | None) -> Candidate | None:
-                part = self._kept(keep_N)
-                outputs = np.stack(
-                    [np.asarray(part.outputs[m]) for m in self._single_places(count)]
-                )
-                fitted = COMBINERS[name].fit
-                assert fitted is not None
-                params = fitted(outputs, part.targets, task)
-                if params is None:
-                    return None
-                return families.ensemble(
-                    f"ensemble-{name}",
-                    range(count),
-                    count,
-                    combiner=name,
-                    params=params,
-                    chosen_on=self.choosing.name,
-                )
-
-            return fit
-
-        for name, one in COMBINERS.items():
-            if one.fitted and task in one.tasks:
-                found.append(("combiners", f"ensemble-{name}", of_combiner(name)))
-        return found
-
-    def _kept(self, keep_N: npt.NDArray[np.bool_] | None) -> Predictions:
-        whole = self.predictions(self.choosing)
-        return whole if keep_N is None else whole.part(keep_N)
-
-    def _single_places(self, count: int) -> list[int]:
-        """Where the snapshots as they are stand in the first pool."""
-        _, mix = self.mix(families.ensemble("all", range(count), count))
-        return list(mix.members)
-
-    def losses(self, keep_N: npt.NDArray[np.bool_] | None = None) -> Losses:
-        """The loss of mixes of the snapshots on choosing data."""
-        part, places = self._kept(keep_N), self._single_places(len(self.names))
-        return choosing.losses_of(part, places)
-
-    def _cross_fitted(self, fit: "_Fit") -> Scores | None:
-        """Scores of each item under a fit to the other folds."""
-        samples = self.predictions(self.choosing).samples
-        fold_N = np.random.default_rng(self.seed).permutation(samples) % FOLDS
-        found: Scores = {}
-        for fold in range(FOLDS):
-            inside = fold_N == fold
-            candidate = fit(~inside)
-            if candidate is None:
-                return None
-            pool, mix = self.mix(candidate)
-            (scores,) = score(self.predictions(self.choosing, pool).part(inside), [mix])
-            for name, values in scores.items():
-                whole = found.setdefault(name, np.zeros((samples, *values.shape[1:]), values.dtype))
-                whole[inside] = values
-            found = {name: found[name] for name in scores}
-        return found
-
-
-_Fit = Callable[[npt.NDArray[np.bool_] | None], Candidate | None]
+    def singles(self, view: View) -> Predictions:
+        """What the snapshots as they are said, in canonical order."""
+        count = len(self.names)
+        pool, mix = self.mix(families.ensemble("all", range(count), count))
+        return self.predictions(view, pool).of(mix.members)
 
 
 class _Objective:

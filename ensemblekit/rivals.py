@@ -105,7 +105,7 @@ def half(values: Floats) -> npt.NDArray[np.float16]:
     return np.maximum(values, -65504.0).astype(np.float16)
 
 
-def find_rivals(log_probs_MRC: Sequence[Floats], targets_R: npt.NDArray[np.int64]) -> Rivals:
+def find_rivals(log_probs_MRC: Sequence[Any], targets_R: npt.NDArray[np.int64]) -> Rivals:
     """The short form of log-probabilities (R, C) of each of M members.
 
     A lower class than the true one wins when it is as probable, a higher one only when it is more

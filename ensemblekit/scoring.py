@@ -17,9 +17,9 @@ import torch
 from ensemblekit import combiners
 from ensemblekit.errors import InputError
 from ensemblekit.rivals import Rivals
-from ensemblekit.workbench import Predictions
+from ensemblekit.workbench import Kept, Predictions
 
-_BLOCK = 1 << 22  # elements of one piece of work
+_BLOCK = 1 << 23  # elements of one piece of work
 _TOP = 5
 _ENTROPY_UP_TO = 1 << 28  # elements of all mixes beyond which their entropies are left out
 
@@ -73,15 +73,18 @@ def score(predictions: Predictions, mixes: Sequence[Mix]) -> list[Scores]:
 
 
 def _classes(predictions: Predictions, mixes: Sequence[Mix]) -> list[Scores]:
-    pool, rows = len(predictions.outputs), len(predictions.targets)
-    classes = predictions.form.classes
+    used = sorted({m for mix in mixes for m in mix.members})
+    place = {m: at for at, m in enumerate(used)}
+    outputs = [predictions.outputs[m] for m in used]
+    mixes = [Mix(tuple(place[m] for m in x.members), x.combiner, x.params) for x in mixes]
+    pool, rows, classes = len(used), len(predictions.targets), predictions.form.classes
     with_entropy = rows * classes * len(mixes) <= _ENTROPY_UP_TO
     parts: list[list[Scores]] = [[] for _ in mixes]
-    step = max(1, _BLOCK // (max(pool, 1) * classes))
+    step = max(16, _BLOCK // (max(pool, len(mixes), 1) * classes))
     weights = [mix.weights(pool) for mix in mixes]
     for first in range(0, rows, step):
         block = slice(first, first + step)
-        log_probs_MRC = _stacked(predictions.outputs, block)
+        log_probs_MRC = _stacked(outputs, block)
         targets_R = torch.from_numpy(predictions.targets[block])
         probs_MRC = log_probs_MRC.exp()
         true_MR = log_probs_MRC.gather(2, targets_R.expand(pool, -1)[..., None])[..., 0].double()
@@ -135,12 +138,12 @@ def _known(
         "correct": decided_R == targets_R,
         "decided": decided_R,
         "log_prob": true_R,
-        "brier": (probs_RC.double() ** 2).sum(1) - 2 * prob_R.double() + 1,
+        "brier": (probs_RC * probs_RC).sum(1).double() - 2 * prob_R.double() + 1,
         "confidence": probs_RC.gather(1, decided_R[:, None])[:, 0].double(),
         "probs": probs_RC,
     }
     if probs_RC.shape[1] > _TOP:
-        found["top5"] = (probs_RC.topk(_TOP, dim=1).indices == truth_R1).any(1)
+        found["top5"] = _among_top(probs_RC, prob_R)
     if probs_RC.shape[1] == 2:
         found["positive"] = probs_RC[:, 1]
     return found
@@ -159,10 +162,15 @@ def _combined(log_probs_MRC: torch.Tensor, targets_R: torch.Tensor, mix: Mix) ->
         "decided": decided_R,
     }
     if made_RC.shape[1] > _TOP:
-        found["top5"] = (made_RC.topk(_TOP, dim=1).indices == targets_R[:, None]).any(1)
+        found["top5"] = _among_top(made_RC, made_RC.gather(1, targets_R[:, None])[:, 0])
     if made_RC.shape[1] == 2:
         found["positive"] = made_RC[:, 1] - made_RC[:, 0]
     return found
+
+
+def _among_top(outputs_RC: torch.Tensor, true_R: torch.Tensor) -> torch.Tensor:
+    """Whether fewer than five classes are more probable than the true one."""
+    return (outputs_RC > true_R[:, None]).sum(1) < _TOP
 
 
 def _entropy(probs: torch.Tensor) -> torch.Tensor:
@@ -190,7 +198,7 @@ def combined_log_probs(predictions: Predictions, mix: Mix) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def _stacked(arrays: Sequence[npt.NDArray[Any]], block: slice) -> torch.Tensor:
+def _stacked(arrays: Sequence[Kept], block: slice) -> torch.Tensor:
     """A block of rows of several members as one float32 tensor."""
     return torch.stack([torch.from_numpy(np.asarray(a[block], np.float32)) for a in arrays])
 
@@ -267,14 +275,14 @@ def _tokens(predictions: Predictions, mixes: Sequence[Mix]) -> list[Scores]:
         weight = mix.weights(len(predictions.outputs))
         assert weight is not None
         used = np.nonzero(weight)[0]
-        true_MR = np.stack([predictions.outputs[m][:, 0].astype(np.float64) for m in used])
+        true_MR = np.stack([predictions.outputs[m][:][:, 0].astype(np.float64) for m in used])
         true_R = np.logaddexp.reduce(true_MR + np.log(weight[used])[:, None], axis=0)
         scores: Scores = {
             "rows": sizes_N,
             "log_prob": np.bincount(item_R, true_R, len(sizes_N)),
         }
         if len(used) == 1:  # whether the mean of several is right is not kept
-            right_R = predictions.outputs[used[0]][:, 1].astype(np.float64)
+            right_R = predictions.outputs[used[0]][:][:, 1].astype(np.float64)
             scores["correct"] = np.bincount(item_R, right_R, len(sizes_N))
         found.append(scores)
     return found

@@ -48,33 +48,45 @@ def snapshots_json(
     ]
 
 
-def growth(contest: Contest, ranking: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
-    """Ensembles of 1, 2, ... snapshots, from the front, from the back, and best first."""
+def growth(
+    contest: Contest, ranking: Sequence[int], known: Mapping[str, Mapping[str, Scores]]
+) -> dict[str, list[dict[str, Any]]]:
+    """Ensembles of 1, 2, ... snapshots, from the front, from the back, and best first.
+
+    Args:
+        contest: With its predictions.
+        ranking: Snapshots from the best to the worst.
+        known: Scores of candidates by side (`choosing`, `reporting`) and name.
+    """
     count, name = len(ranking), contest.measure.name
-    orders = {
-        "first": list(range(count)),
-        "last": list(range(count))[::-1],
-        "best": list(ranking),
-    }
+    orders = {"first": list(range(count)), "last": list(range(count))[::-1], "best": [*ranking]}
     sizes = [1, *families.ladder(count), count] if count > 1 else [1]
-    made = {
-        (kind, size): families.ensemble(f"{kind}-{size}", sorted(order[:size]), count)
+    labels = {
+        (kind, size): _label(contest.names, kind, order[:size], count)
         for kind, order in orders.items()
         for size in sizes
     }
-    sides = {
-        "choosing": contest.scores(list(made.values()), contest.choosing),
-        "reporting": contest.scores(list(made.values()), contest.reporting),
+    missing = {
+        labels[kind, size]: families.ensemble(
+            labels[kind, size], sorted(orders[kind][:size]), count
+        )
+        for kind, size in labels
+        if labels[kind, size] not in known["choosing"]
+    }
+    views = {"choosing": contest.choosing, "reporting": contest.reporting}
+    scores = {
+        side: {**known[side], **contest.scores(list(missing.values()), view)}
+        for side, view in views.items()
     }
 
-    def figures(scores: Scores) -> dict[str, float | None]:
-        return {"metric": metrics.figure(name, scores), "nll": metrics.figure("nll", scores)}
+    def figures(one: Scores) -> dict[str, float | None]:
+        return {"metric": metrics.figure(name, one), "nll": metrics.figure("nll", one)}
 
     return {
         kind: [
             {
                 "members": size,
-                **{side: figures(scores[f"{kind}-{size}"]) for side, scores in sides.items()},
+                **{side: figures(scores[side][labels[kind, size]]) for side in views},
             }
             for size in sizes
         ]
@@ -82,16 +94,21 @@ def growth(contest: Contest, ranking: Sequence[int]) -> dict[str, list[dict[str,
     }
 
 
+def _label(names: Sequence[str], kind: str, taken: Sequence[int], count: int) -> str:
+    """The candidate that is this ensemble."""
+    if len(taken) == 1:
+        return names[taken[0]]
+    return "ensemble" if len(taken) == count else f"ensemble-{kind}-{len(taken)}"
+
+
 def subsets(contest: Contest) -> list[dict[str, Any]] | None:
     """The best uniform ensembles of each size on choosing data, of all there are."""
     count = len(contest.names)
-    predictions = contest.predictions(contest.choosing)
+    predictions = contest.singles(contest.choosing)
     if predictions.form.task != "classification" or not 2 <= count <= MOST_EXHAUSTIVE:
         return None
-    _, mix = contest.mix(families.ensemble("all", range(count), count))
-    outputs = [predictions.outputs[m] for m in mix.members]
     weights_SM = all_subset_weights(count)
-    scores = score_mixes(find_rivals(outputs, predictions.targets), weights_SM)
+    scores = score_mixes(find_rivals(predictions.outputs, predictions.targets), weights_SM)
     sizes_S, names = (weights_SM > 0).sum(axis=1), np.array(contest.names)
     found = []
     for size in range(1, count + 1):

@@ -44,7 +44,39 @@ from ensemblekit.targets import fingerprint, load_data, load_model
 from ensemblekit.tasks import Form, detect
 
 SMALL_BATCH = 128
+_ROWS_BLOCK = 1 << 22  # elements read at once
 _HALF_ABOVE = 1 << 30  # bytes of float32 outputs beyond which float16 is kept
+
+
+class Picked:
+    """Some rows of an array that may lie on disk; only the slices asked for are read."""
+
+    def __init__(self, array: Any, rows: npt.NDArray[np.int64]) -> None:
+        self.array = array
+        self.rows = rows
+        self.shape = (len(rows), *array.shape[1:])
+        self.dtype = array.dtype
+
+    def __getitem__(self, index: slice) -> npt.NDArray[Any]:
+        found: npt.NDArray[Any] = self.array[self.rows[index]]
+        return found
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+Kept = npt.NDArray[Any] | Picked
+"""Outputs of a member (R, C); `kept[start:stop]` gives an array."""
+
+
+def true_outputs(kept: Kept, targets_R: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    """The entry of each row's target."""
+    step = max(1, _ROWS_BLOCK // max(kept.shape[1], 1))
+    parts = [
+        np.take_along_axis(kept[i : i + step], targets_R[i : i + step, None], axis=1)[:, 0]
+        for i in range(0, len(targets_R), step)
+    ]
+    return np.concatenate(parts)
 
 
 @dataclass(frozen=True)
@@ -61,7 +93,7 @@ class Predictions:
     """
 
     form: Form
-    outputs: tuple[npt.NDArray[Any], ...]
+    outputs: tuple[Kept, ...]
     rivals: Rivals | None
     targets: npt.NDArray[Any]
     sizes_N: npt.NDArray[np.int64] | None
@@ -71,12 +103,29 @@ class Predictions:
         """Items of the data set."""
         return len(self.targets) if self.sizes_N is None else len(self.sizes_N)
 
+    @property
+    def members(self) -> int:
+        """M."""
+        return len(self.outputs) if self.rivals is None else len(self.rivals.true_MR)
+
+    def of(self, members: Sequence[int]) -> "Predictions":
+        """Some of the members, in the order given."""
+        rivals = None if self.rivals is None else self.rivals.members(members)
+        outputs = () if rivals is not None else tuple(self.outputs[m] for m in members)
+        return replace(self, outputs=outputs, rivals=rivals)
+
     def part(self, mask_N: npt.NDArray[np.bool_]) -> "Predictions":
-        """Some of the samples."""
+        """Some of the samples; nothing is copied before it is looked at."""
         mask_R = mask_N if self.sizes_N is None else np.repeat(mask_N, self.sizes_N)
+        rows = np.nonzero(mask_R)[0]
         return Predictions(
             self.form,
-            tuple(array[mask_R] for array in self.outputs),
+            tuple(
+                Picked(kept.array, kept.rows[rows])
+                if isinstance(kept, Picked)
+                else Picked(kept, rows)
+                for kept in self.outputs
+            ),
             None if self.rivals is None else self.rivals.rows(mask_R),
             self.targets[mask_R],
             None if self.sizes_N is None else self.sizes_N[mask_N],

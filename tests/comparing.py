@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -187,9 +188,8 @@ def batched(data: Any) -> list[Any]:
     """What the network is called with, and the labels."""
     if isinstance(data, list):
         return [({k: v for k, v in one.items() if k != "labels"}, one["labels"]) for one in data]
-    return [
-        ({"x": x} if False else (x,), y) for x, y in zip(*(d.split(32) for d in data), strict=True)
-    ]
+    size = 20 if len(data[0]) > 100 else 4
+    return [((x,), y) for x, y in zip(*(part.split(size) for part in data), strict=True)]
 
 
 def call(model: nn.Module, inputs: Any) -> torch.Tensor:
@@ -364,7 +364,7 @@ def class_figures(found: Sequence[torch.Tensor], truth: Array) -> dict[str, floa
     confidence = p.max(1)
     edges = np.linspace(0, 1, 16)
     ece = 0.0
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in pairwise(edges):
         inside = (confidence > low) & (confidence <= high)
         if inside.any():
             ece += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
@@ -551,9 +551,17 @@ def loader(split, shuffle=False, drop_last=False):
         drop_last=drop_last)
 
 
-def noisy(split):
-    x, y = data(split)
-    return x + torch.randn_like(x), y
+class Noisy(torch.utils.data.Dataset):
+    """Random augmentation, as training data have it."""
+
+    def __init__(self, split):
+        self.x, self.y = data(split)
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        return self.x[index] + torch.randn(5), self.y[index]
 
 
 def not_numbers(split):

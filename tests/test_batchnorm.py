@@ -1,5 +1,6 @@
 """`recompute_bn`: which layers change, what stays as it was, and what it refuses."""
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ensemblekit.batches import Batch, Plan, as_batch, batches
-from ensemblekit.batchnorm import norm_layers, recompute_bn
+from ensemblekit.batchnorm import norm_layers, recompute_all, recompute_bn
 from ensemblekit.errors import InputError, NotFiniteError
 
 torch.set_num_threads(1)
@@ -382,3 +383,57 @@ def test_progress_counts_samples() -> None:
     seen: list[int] = []
     recompute_bn(nn.BatchNorm1d(3), split(normal(9, 3), 4, 5), progress=seen.append)
     assert seen == [4, 9]
+
+
+class TestSeveral:
+    """Several models in one pass over the data."""
+
+    def models(self, count: int) -> list[nn.Sequential]:
+        found = []
+        for seed in range(count):
+            torch.manual_seed(seed)
+            found.append(nn.Sequential(*(copy.deepcopy(layer) for layer in conv_net())))
+            for parameter in found[-1].parameters():
+                nn.init.normal_(parameter)
+        return found
+
+    @pytest.mark.parametrize("frozen", [(), ("1",)])
+    def test_each_is_as_alone(self, frozen: tuple[str, ...]) -> None:
+        models = self.models(3)
+        alone = copy.deepcopy(models)
+        x = normal(23, 2, 8, 8)
+        found = recompute_all(models, split(x, 10, 10, 3), frozen=frozen)
+        for model, twin, outcome in zip(models, alone, found, strict=True):
+            wanted = recompute_bn(twin, split(x, 10, 10, 3), frozen=frozen)
+            assert outcome.layers == wanted.layers
+            assert outcome.kept == wanted.kept
+            assert outcome.samples == wanted.samples == 23
+            assert outcome.warnings == wanted.warnings
+            assert list(outcome.statistics) == list(wanted.statistics)
+            for key, value in wanted.statistics.items():
+                assert torch.equal(outcome.statistics[key], value), key
+            for key, value in twin.state_dict().items():
+                assert torch.equal(model.state_dict()[key], value), key
+            assert [m.training for m in model.modules()] == [m.training for m in twin.modules()]
+
+    def test_the_data_are_read_once(self) -> None:
+        read: list[int] = []
+
+        def told() -> Iterator[Batch]:
+            for batch in split(normal(20, 2, 8, 8), 10, 10):
+                read.append(batch.size)
+                yield batch
+
+        recompute_all(self.models(3), told())
+        assert read == [10, 10]
+
+    def test_an_error_in_one_leaves_all_as_they_were(self) -> None:
+        models = self.models(2)
+        nn.init.constant_(models[1][0].weight, float("nan"))
+        before = [copy.deepcopy(model.state_dict()) for model in models]
+        with pytest.raises(NotFiniteError):
+            recompute_all(models, split(normal(20, 2, 8, 8), 10, 10))
+        for model, state in zip(models, before, strict=True):
+            for key in ("1.running_mean", "1.running_var", "1.num_batches_tracked"):
+                assert torch.equal(model.state_dict()[key], state[key])
+            assert not any(module._forward_pre_hooks for module in model.modules())

@@ -89,6 +89,7 @@ BELOW = [
     "scoring",
     "metrics",
     "evaluation",
+    "fitting",
     "contest",
     "latency",
     "decision",
