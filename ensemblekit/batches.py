@@ -117,7 +117,10 @@ def batches(data: Any, plan: Plan) -> Iterator[Batch]:
             yield batch
         place += 1
     if done == 0 and size == 1:
-        raise InputError("the data are empty: no sample came out of them")
+        raise InputError(
+            "the data are empty: no sample came out of them",
+            hint="check what the data target returns for this split",
+        )
 
 
 def digest(batch: Batch) -> bytes:
@@ -125,14 +128,25 @@ def digest(batch: Batch) -> bytes:
     state = hashlib.blake2b(digest_size=16)
     named = batch.inputs.items() if isinstance(batch.inputs, dict) else enumerate(batch.inputs)
     for name, value in (*named, ("target", batch.target)):
-        if isinstance(value, torch.Tensor):
-            state.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
-            flat = value.detach().cpu().contiguous().reshape(-1)
-            if flat.numel():
-                state.update(flat.view(torch.uint8).numpy().data)
-        else:
-            state.update(f"{name}\0{value!r}\0".encode())
+        _digest_value(state, str(name), value)
     return state.digest()
+
+
+def _digest_value(state: Any, name: str, value: Any) -> None:
+    if isinstance(value, np.ndarray) and value.dtype.kind not in "OSUMm":
+        value = _tensor(value)
+    if isinstance(value, torch.Tensor):
+        state.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        if flat.numel():
+            state.update(flat.view(torch.uint8).numpy().data)
+    elif isinstance(value, Mapping | list | tuple):
+        parts = value.items() if isinstance(value, Mapping) else enumerate(value)
+        state.update(f"{name}\0{type(value).__name__} of {len(value)}\0".encode())
+        for key, part in parts:
+            _digest_value(state, str(key), part)
+    else:
+        state.update(f"{name}\0{value!r}\0".encode())
 
 
 def check_repeatable(data: Any, again: Callable[[], Any], plan: Plan, *, what: str) -> Batch:
@@ -270,9 +284,14 @@ def _raw_batches(data: Any, plan: Plan) -> Iterable[Any]:
     )
 
 
+def is_in_memory(data: Any) -> bool:
+    """Whether the data are arrays."""
+    return isinstance(data, torch.Tensor | np.ndarray) or _is_arrays(data)
+
+
 def _has_indices(data: Any) -> bool:
     """Whether `_index_batches` chooses what is loaded."""
-    if isinstance(data, torch.Tensor | np.ndarray) or _is_arrays(data):
+    if is_in_memory(data):
         return True
     return not isinstance(data, torch.utils.data.IterableDataset) and _is_map_style(data)
 
@@ -311,7 +330,10 @@ def _length(data: Any) -> int | None:
     if _is_map_style(data):
         return len(data)
     dataset = getattr(data, "dataset", None)  # a DataLoader: its length is in batches
-    return len(dataset) if isinstance(dataset, Sized) else None
+    if not isinstance(dataset, Sized):
+        return None
+    sampler = getattr(data, "sampler", None)  # it may take some of the samples only
+    return len(sampler) if isinstance(sampler, Sized) else len(dataset)
 
 
 def _is_arrays(data: Any) -> bool:

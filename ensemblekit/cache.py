@@ -11,6 +11,7 @@ import os
 import shutil
 import struct
 import tempfile
+import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +24,11 @@ import numpy.typing as npt
 from ensemblekit.errors import MachineError
 
 _LINE = struct.Struct("<16sQII")  # digest of the batch, end of the record, its samples, its CRC
-_BLOCK = 1 << 20
+_DAMAGE = (  # whatever numpy and zipfile raise for bytes that are not what was written
+    *(OSError, ValueError, EOFError, KeyError, IndexError, NotImplementedError, RuntimeError),
+    *(SyntaxError, TypeError, struct.error, zipfile.BadZipFile, zlib.error),
+)
+_FILES = ("records", "index", "complete", "statistics.npz")
 _SMALL = 16 << 20  # bytes that are read at once instead of being mapped
 
 
@@ -47,9 +52,15 @@ class Log:
             raise _unwritable(folder, error) from error
         self.folder = folder
         self._mark = folder / "complete"
-        _lock(self._index.fileno())
+        try:
+            _lock(self._index.fileno())
+        except BlockingIOError:
+            self._records.close()
+            self._index.close()
+            raise
         self.lines = self._sound_lines()
-        self._cut()
+        if self._cut():  # what was lost is to be predicted again, and only that
+            self._mark.unlink(missing_ok=True)
         self.complete = bool(self.lines) and self._mark.exists()
         os.utime(folder)  # the cache drops what was not used for longest
 
@@ -123,8 +134,9 @@ class Log:
         """Flush and let go."""
         with contextlib.suppress(MachineError):
             self.flush()
-        self._records.close()
-        self._index.close()
+        for file in (self._records, self._index):
+            with contextlib.suppress(OSError):  # a full disk was told already
+                file.close()
 
     def _sound_lines(self) -> list[tuple[bytes, int, int, int]]:
         """The lines whose records are whole: a crash or a damaged disk cuts the log there."""
@@ -132,19 +144,26 @@ class Log:
         data = self._index.read()
         data = data[: len(data) // _LINE.size * _LINE.size]
         sound: list[tuple[bytes, int, int, int]] = []
+        size = self._records.seek(0, os.SEEK_END)
         self._records.seek(0)
         place = 0
         for line in _LINE.iter_unpack(data):
-            record = self._records.read(max(line[1] - place, 0))
-            if place + len(record) != line[1] or zlib.crc32(record) != line[3]:
+            if not place <= line[1] <= size:
+                break
+            record = self._records.read(line[1] - place)
+            if zlib.crc32(record) != line[3]:
                 break
             sound.append(line)
             place = line[1]
         return sound
 
-    def _cut(self) -> None:
-        self._records.truncate(self.nbytes)
-        self._index.truncate(len(self.lines) * _LINE.size)
+    def _cut(self) -> bool:
+        """Drop what lies behind the last line; whether anything went."""
+        wanted = {self._records: self.nbytes, self._index: len(self.lines) * _LINE.size}
+        found = {file: file.seek(0, os.SEEK_END) for file in wanted}
+        for file, size in wanted.items():
+            file.truncate(size)
+        return found != wanted
 
 
 class Cache:
@@ -192,9 +211,9 @@ class Cache:
         if path is None or not path.is_file():
             return None
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 found = {name: arrays[name] for name in arrays.files}
-        except (OSError, ValueError, EOFError, KeyError):  # half-written, damaged: made anew
+        except _DAMAGE:  # half-written, overwritten: made anew
             return None
         os.utime(path.parent)
         return found
@@ -228,8 +247,11 @@ def _prune(root: Path, limit_bytes: int) -> None:
     entries = []
     with contextlib.suppress(OSError):
         for folder in root.iterdir():
-            size = sum(file.stat().st_size for file in folder.iterdir())
-            entries.append((folder.stat().st_mtime, size, folder))
+            with contextlib.suppress(OSError):
+                if not _ours(folder):
+                    continue
+                size = sum(file.stat().st_size for file in folder.iterdir())
+                entries.append((folder.stat().st_mtime, size, folder))
     total = sum(size for _, size, _ in entries)
     for _, size, folder in sorted(entries):
         if total <= limit_bytes:
@@ -240,14 +262,23 @@ def _prune(root: Path, limit_bytes: int) -> None:
         total -= size
 
 
-def _in_use(folder: Path) -> bool:
-    index = folder / "index"
-    if not index.exists():
+def _ours(folder: Path) -> bool:
+    """Whether we made it: the root may be a folder that holds other things."""
+    if folder.is_symlink() or not folder.is_dir():
         return False
+    return all(
+        entry.is_file() and (entry.name in _FILES or entry.suffix == ".tmp")
+        for entry in folder.iterdir()
+    )
+
+
+def _in_use(folder: Path) -> bool:
     try:
-        with index.open("rb") as file:
+        with (folder / "index").open("rb") as file:
             _lock(file.fileno())
-    except BlockingIOError:
+    except FileNotFoundError:
+        return False
+    except OSError:  # locked, or not ours to read
         return True
     return False
 

@@ -59,12 +59,19 @@ class LogLoss:
             for first in range(0, len(weights_SM), step):
                 mixed_SR = weights_SM[first : first + step] @ probs_MR
                 found[first : first + step] = -np.log(mixed_SR).mean(axis=1) - shift
+            for s in np.nonzero(np.isposinf(found))[0]:  # probabilities too far apart for float64
+                logs_M1 = np.log(weights_SM[s])[:, None]
+                mixed_R = np.logaddexp.reduce(self.true_MR.astype(np.float64) + logs_M1, axis=0)
+                found[s] = -mixed_R.mean()
         return found
 
     def best_weights(self) -> Floats:
         """Expectation-maximisation for mixture weights: the loss falls with every step."""
         probs_MR, _ = self._scaled()
+        probs_MR = probs_MR[:, probs_MR.any(axis=0)]  # a row that all rule out tells nothing
         weights_M = np.full(self.members, 1.0 / self.members)
+        if not probs_MR.size:
+            return weights_M
         for _ in range(1000):
             new_M = weights_M * (probs_MR / (weights_M @ probs_MR)).mean(axis=1)
             if np.abs(new_M - weights_M).max() < 1e-7:
@@ -96,43 +103,30 @@ class BinaryLogLoss:
 
 @dataclass(frozen=True)
 class SquaredLoss:
-    """Mean squared error of weighted means: w'Gw - 2 b'w + c.
+    """Mean squared error of weighted means: w'Gw.
 
     Attributes:
-        gram_MM: Mean products of members' values.
-        cross_M: Mean products of members' values and targets.
-        square: Mean square of the targets.
+        gram_MM: Mean products of members' errors: as weights sum to 1, errors mix as values do.
     """
 
     gram_MM: Floats
-    cross_M: Floats
-    square: float
 
     @classmethod
     def from_values(
         cls, values_MRC: npt.NDArray[Any], targets_RC: npt.NDArray[Any]
     ) -> "SquaredLoss":
-        """From what members predict; centred on the targets' mean, which loses nothing."""
-        middle = targets_RC.astype(np.float64).mean(axis=0)
-        values = (values_MRC.astype(np.float64) - middle).reshape(len(values_MRC), -1)
-        wanted = (targets_RC.astype(np.float64) - middle).reshape(-1)
-        count = wanted.size
-        return cls(
-            values @ values.T / count, values @ wanted / count, float(wanted @ wanted / count)
-        )
+        """From what members predict."""
+        errors = (values_MRC.astype(np.float64) - targets_RC).reshape(len(values_MRC), -1)
+        return cls(errors @ errors.T / errors.shape[1])
 
     @property
     def members(self) -> int:
         """M."""
-        return len(self.cross_M)
+        return len(self.gram_MM)
 
     def of(self, weights_SM: Floats) -> Floats:
         """Mean squared error of each mix."""
-        found: Floats = (
-            np.einsum("sm,mn,sn->s", weights_SM, self.gram_MM, weights_SM)
-            - 2 * weights_SM @ self.cross_M
-            + self.square
-        )
+        found: Floats = np.einsum("sm,mn,sn->s", weights_SM, self.gram_MM, weights_SM)
         return found
 
     def best_weights(self) -> Floats:
@@ -140,7 +134,7 @@ class SquaredLoss:
         weights_M = np.full(self.members, 1.0 / self.members)
         rate = 1.0 / max(float(np.abs(self.gram_MM).max()), 1e-300)
         for _ in range(5000):
-            slope_M = self.gram_MM @ weights_M - self.cross_M
+            slope_M = self.gram_MM @ weights_M
             new_M = weights_M * np.exp(-rate * (slope_M - slope_M.min()))
             new_M /= new_M.sum()
             if np.abs(new_M - weights_M).max() < 1e-9:
@@ -167,7 +161,7 @@ def greedy_ensemble(losses: Losses, *, rounds: int = 50) -> Floats:
         found_M = losses.of(trials_MM)
         chosen = int(np.argmin(found_M))
         counts_M = counts_M + np.eye(losses.members)[chosen]
-        if found_M[chosen] < best - 1e-12:
+        if taken == 1 or found_M[chosen] < best - 1e-12 * abs(best):
             best, best_M = float(found_M[chosen]), counts_M / taken
     return best_M
 

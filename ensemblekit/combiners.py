@@ -20,6 +20,7 @@ from ensemblekit.errors import one_of
 Params = Mapping[str, Any]
 
 _FIT_UP_TO = 1 << 24  # outputs of all members that a temperature is fitted on
+_LEAST_LOG = -30.0  # log-probabilities that a stacking model sees, in the fit and afterwards
 _FEATURES_AT_MOST = 2048  # of a stacking model; beyond it the fit takes minutes
 
 
@@ -186,6 +187,8 @@ def _stack(outputs_MRC: torch.Tensor, params: Params, task: str) -> torch.Tensor
     features_RF = outputs_MRC.movedim(0, 1).flatten(1)
     if params.get("of") == "probabilities":
         features_RF = features_RF.exp()
+    elif params.get("of") == "log-probabilities":
+        features_RF = features_RF.clamp(min=_LEAST_LOG)
     coef = torch.as_tensor(params["coef"], dtype=torch.float32, device=features_RF.device)
     intercept = torch.as_tensor(params["intercept"], dtype=torch.float32, device=coef.device)
     made_RC = features_RF @ coef.T + intercept
@@ -222,7 +225,7 @@ def _fit_logistic(
     features_RF = _features(outputs)
     if features_RF is None:
         return None
-    features_RF = np.maximum(features_RF, -30.0)
+    features_RF = np.maximum(features_RF, _LEAST_LOG)
     classes = outputs[0].shape[1]
     if len(np.unique(targets)) < classes:
         return None  # a class that was never seen would have no coefficients

@@ -200,7 +200,8 @@ class Comparison:
         predictions = self.contest.predictions(view, pool)
         evaluation.with_auroc(found, self.task, scores, predictions.targets)
         size = len(predictions.targets) * predictions.form.classes
-        calibrated = self.task == "classification" and "log_prob" in scores
+        folded = "cross_fitted" in found  # what follows would be of the fit to all samples
+        calibrated = self.task == "classification" and "log_prob" in scores and not folded
         if calibrated and (
             size <= _CALIBRATE_UP_TO or candidate.name in ("ensemble", self.baseline)
         ):
@@ -208,7 +209,7 @@ class Comparison:
                 combined_log_probs(predictions, mix), predictions.targets, seed=self.contest.seed
             )
             found["nll_calibrated"], found["temperature"] = nll, temperature
-        if self.user_metric is not None:
+        if self.user_metric is not None and not folded:
             name = getattr(self.user_metric, "__name__", "metric")
             found[name] = self._user_metric(combined_log_probs(predictions, mix), predictions)
         return found
@@ -314,7 +315,8 @@ class Comparison:
         )
         losses = {o.name: loss for o, loss in zip(fit, lost, strict=True)}
         samples = len(self.chosen[best.name]["rows"])
-        made = deciding.decide(fit, losses, margin=margin, samples=samples, best=best)
+        unit = self.measure.figure.unit
+        made = deciding.decide(fit, losses, margin=margin, samples=samples, best=best, unit=unit)
         assert made.ship is not None
         row = rows[made.ship]
         gain = row["gain"]

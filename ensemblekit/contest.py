@@ -6,6 +6,7 @@ was predicted. Choices look at choosing data alone.
 Legend of shapes: N items, M members.
 """
 
+import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from ensemblekit.averaging.greedy_soup import greedy_soup
 from ensemblekit.averaging.learned_soup import learned_soup
 from ensemblekit.candidates import BatchNorm, Candidate, Member, Row, mean_row
 from ensemblekit.combiners import COMBINERS
+from ensemblekit.errors import UsageError, one_of
 from ensemblekit.evaluation import Measure
 from ensemblekit.families import Wanted
 from ensemblekit.scoring import Mix, Scores, score
@@ -116,6 +118,25 @@ class Contest:
             found += [drawn] if keeps("swag", drawn.name) else []
         found += [families.mixed(name, row, self.mixed_bn) for name, row in added]
         return found
+
+    def check_names(self, fixed: Sequence[Candidate], added: Sequence[tuple[str, Row]]) -> None:
+        """Refuse names that are taken, and patterns that no candidate has.
+
+        Raises:
+            UsageError: Names the nearest.
+        """
+        count = len(self.names)
+        end = families.RECOMPUTED if self.mixed_bn == "recomputed" else ""
+        rest = [f"{soup}-soup{end}" for soup in ("greedy", "learned")] if count > 1 else []
+        rest += families.ensemble_names(count, tuple(COMBINERS))
+        own = [name + end for name, _ in added]
+        taken = [c.name for c in fixed if c.name not in own] + rest
+        for name in own:
+            if name in taken or own.count(name) > 1:
+                raise UsageError(f"--add {name}: there is a candidate of this name already")
+        for pattern in self.wanted.patterns:
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in (*taken, *own)):
+                one_of(pattern, [*families.GROUPS, *taken, *own], what="candidate")
 
     def steps(self) -> tuple[bool, bool]:
         """Whether a greedy and a learned soup are to be made."""

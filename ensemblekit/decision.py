@@ -12,6 +12,8 @@ from ensemblekit.errors import UsageError
 from ensemblekit.evaluation import Loss
 from ensemblekit.statistics import samples_needed
 
+_Z_ONE_SIDED = 1.6448536269514722  # of a 95% bound
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -114,6 +116,7 @@ def decide(
     margin: float,
     samples: int,
     best: Option,
+    unit: str = "pp",
 ) -> Decision:
     """Ship the cheapest option whose loss against the best is surely within the margin.
 
@@ -123,6 +126,7 @@ def decide(
         margin: In the unit of the figure.
         samples: Items of the choosing data.
         best: `best_of(options)`.
+        unit: Of the figure, for the words.
     """
     within = [o for o in options if _surely_within(losses[o.name], margin) or o is best]
     least = min(o.cost for o in within)
@@ -136,23 +140,28 @@ def decide(
     ]
     if not open_questions:
         return Decision(chosen.name, best.name, True, None, ())
-    needed = {
-        option.name: count
-        for option, loss in open_questions
-        if (count := samples_needed(loss.value, loss.variance, margin)) is not None
-    }
     # the likeliest to be good enough, not the one that is settled soonest
     promising, loss = min(open_questions, key=lambda pair: pair[1].value)
-    number = needed.get(promising.name)
+    number = _needed(loss, margin, unit)
     text = (
         f"not enough data: {promising.name} costs less, and its loss against {best.name} lies "
-        f"between {loss.low * 100:+.2f} and {loss.high * 100:+.2f} points on {samples:,} samples "
-        f"(allowed: {margin * 100:.2f})"
+        f"between {points(loss.low, unit)} and {points(loss.high, unit)} on {samples:,} samples "
+        f"(allowed: {points(margin, unit).lstrip('+')})"
     )
     if number is not None:
         text += f"; about {max(number, samples + 1):,} samples would tell"
         number = max(number, samples + 1)
     return Decision(chosen.name, best.name, False, number, (text,))
+
+
+def _needed(loss: Loss, margin: float, unit: str) -> int | None:
+    """Samples that would settle a question."""
+    if loss.variance > 0:
+        return samples_needed(loss.value, loss.variance, margin)
+    if unit != "pp" or not 0 < margin < 1:
+        return None
+    # no sample tells the two apart: the score bound of no difference is z^2 / (n + z^2)
+    return math.ceil(_Z_ONE_SIDED**2 * (1 - margin) / margin)
 
 
 def _surely_within(loss: Loss | None, margin: float) -> bool:
@@ -200,7 +209,9 @@ def headline(
         f"{points(gain['value'], unit)} {metric} (95% interval {points(low, unit)} to "
         f"{points(high, unit)})"
     )
-    if low <= 0:
+    if high < 0:
+        sentence += ": it is a loss there"
+    elif low <= 0:
         sentence += ", so it is not sure to be a gain"
     parts.append(sentence)
     return ": ".join([parts[0], "; ".join(parts[1:])]) + "."
@@ -209,8 +220,12 @@ def headline(
 def _share_of_cost(shipped: dict[str, Any], ensemble: dict[str, Any]) -> str:
     times = [c["latency"]["p50_ms"] if c["latency"] else None for c in (shipped, ensemble)]
     if times[0] and times[1]:
-        return f"1/{times[1] / times[0]:.1f} of its latency".replace(".0 of", " of")
-    return f"1/{ensemble['members'] / shipped['members']:.0f} of its members"
+        return _part(times[0] / times[1]) + " of its latency"
+    return _part(shipped["members"] / ensemble["members"]) + " of its models"
+
+
+def _part(share: float) -> str:
+    return f"1/{1 / share:.0f}" if share < 0.4 else f"{share:.0%}"
 
 
 def points(value: float, unit: str) -> str:

@@ -42,7 +42,7 @@ class Measure:
     def goodness(self, scores: Scores) -> float:
         """The figure, turned so that higher is better."""
         found = metrics.figure(self.name, scores)
-        return -math.inf if found is None or math.isnan(found) else self.sign * found
+        return -math.inf if found is None else self.sign * found
 
 
 def figures(task: str, scores: Scores) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ensemblekit.candidates import BatchNorm, Candidate, Row, mean_row, one_hot
-from ensemblekit.errors import UsageError, one_of
+from ensemblekit.errors import UsageError
 
 GROUPS: dict[str, str] = {
     "singles": "every snapshot",
@@ -25,7 +25,6 @@ GROUPS: dict[str, str] = {
 }
 RECOMPUTED = "+bn"  # what a name ends with when BatchNorm statistics were recomputed
 
-_NAMES = ("uniform", "ema", "ensemble")  # candidates whose names look like groups
 _LADDER = (2, 3, 4, 5, 7, 10, 15, 20, 30, 50, 70, 100)
 SWAG_SAMPLES = 5
 
@@ -52,7 +51,7 @@ def wanted(text: str | None) -> Wanted:
     """From a list such as `singles,ensembles` or `uniform*,last-3`.
 
     Raises:
-        UsageError: It names nothing, or a plain word that is no group.
+        UsageError: It names nothing.
 
     >>> wanted("singles,last-*")
     Wanted(groups=('singles',), patterns=('last-*',))
@@ -64,9 +63,6 @@ def wanted(text: str | None) -> Wanted:
         raise UsageError("--candidates names nothing", hint=f"groups: {', '.join(GROUPS)}")
     groups = tuple(dict.fromkeys(word for word in words if word in GROUPS))
     patterns = tuple(dict.fromkeys(word for word in words if word not in GROUPS))
-    for word in patterns:
-        if word.isalpha() and word not in _NAMES:
-            one_of(word, [*GROUPS, *_NAMES], what="group of candidates")
     return Wanted(groups, patterns)
 
 
@@ -151,6 +147,15 @@ def ensemble(
         return Candidate(name, rows, ("none",), chosen_on=chosen_on)
     own: tuple[BatchNorm, ...] = tuple("none" for _ in rows)
     return Candidate(name, rows, own, combiner, params or {}, chosen_on=chosen_on)
+
+
+def ensemble_names(count: int, combiners: Sequence[str]) -> list[str]:
+    """Names that prediction ensembles of `count` snapshots may have."""
+    if count < 2:
+        return []
+    ends = [f"{kind}-{k}" for k in ladder(count) for kind in ("first", "last", "best")]
+    ends += ["greedy", "best-subset", *combiners]
+    return ["ensemble", *(f"ensemble-{end}" for end in ends)]
 
 
 def ladder(count: int) -> list[int]:

@@ -6,6 +6,7 @@ interval for it comes from resampled sums, whatever the figure is. Sums run in f
 Legend of shapes: N items, Q sums, B resamples, C classes, labels or values.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -115,11 +116,13 @@ OF_TASK: dict[str, tuple[str, ...]] = {
 
 
 def figure(name: str, items: Items) -> float | None:
-    """One figure of all items; None where the items do not have what it needs."""
+    """One figure of all items; None where the items do not have what it needs, or it is not finite."""
     wanted = FIGURES[name]
     if any(column not in items for column in wanted.needs):
         return None
-    return float(wanted.value(wanted.terms(items).sum(axis=0)[None])[0])
+    with np.errstate(all="ignore"):
+        found = float(wanted.value(wanted.terms(items).sum(axis=0)[None])[0])
+    return found if math.isfinite(found) else None
 
 
 def ece(confidence_N: Floats, correct_N: npt.NDArray[Any], *, bins: int = BINS) -> float:

@@ -185,7 +185,10 @@ def run_pass(
             if any(head is None for head in heads):
                 break
     if samples == 0:
-        raise InputError("the data are empty: no sample came out of them")
+        raise InputError(
+            "the data are empty: no sample came out of them",
+            hint="check what the data target returns for this split",
+        )
     if logs is None:
         return None
     for log in logs:
@@ -219,7 +222,7 @@ def _predict_batch(
             ]
             if keep.jointly:
                 arrays = [one.cpu().numpy() for one in outputs]
-                records[m] = find_rivals(arrays, truth.values_R.cpu().numpy()).to_bytes()
+                records[m] = find_rivals(arrays, truth.values_R.cpu().numpy()).to_bytes(keep.dtype)
             else:
                 records[m] = keep.record(outputs[0], on_device)
     sizes = None if truth.sizes_N is None else truth.sizes_N.cpu().numpy()
@@ -230,6 +233,12 @@ def _outputs(model: nn.Module, batch: Batch, keep: Keep, name: str) -> torch.Ten
     try:
         return keep.form.outputs(forward(model, batch), batch)
     except NotFiniteError as error:
+        named = batch.inputs.values() if isinstance(batch.inputs, dict) else batch.inputs
+        floats = [v for v in named if isinstance(v, torch.Tensor) and v.is_floating_point()]
+        if not all(bool(torch.isfinite(value).all()) for value in floats):
+            raise NotFiniteError(
+                "the inputs contain NaN or Inf", hint="check the preprocessing of the data"
+            ) from error
         raise NotFiniteError(
             f"{name}: {error.message}",
             hint="its weights diverged or do not fit the data; leave it out with --exclude",

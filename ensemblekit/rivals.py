@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.floating[Any]]
 
-_HEAD = struct.Struct("<QQQ")  # members, rows, rivals
+_HEAD = struct.Struct("<QQQQ")  # members, rows, rivals, bytes of a log-probability
 _BLOCK = 1 << 21  # elements of an intermediate array
 _GROUP = 8  # probabilities that are multiplied before one logarithm is taken
 _SAFE = -85.0  # the product of eight probabilities of e**-85 is still a normal float64
@@ -68,30 +68,35 @@ class Rivals:
             self.rivals_MQ[:, mask_Q],
         )
 
-    def to_bytes(self) -> bytes:
-        """The short form as a record; log-probabilities as float16, classes as 32-bit integers."""
-        head = _HEAD.pack(len(self.true_MR), len(self.targets_R), len(self.classes_Q))
+    def to_bytes(self, dtype: str = "float32") -> bytes:
+        """The short form as a record; classes as 32-bit integers, log-probabilities as `dtype`."""
+        sizes = (len(self.true_MR), len(self.targets_R), len(self.classes_Q))
+        head = _HEAD.pack(*sizes, np.dtype(dtype).itemsize)
+        kept = [
+            half(values) if dtype == "float16" else values.astype("<f4")
+            for values in (self.true_MR, self.rivals_MQ)
+        ]
         parts = (
             self.targets_R.astype("<i4"),
-            half(self.true_MR),
+            kept[0],
             self.counts_R.astype("<i4"),
             self.classes_Q.astype("<i4"),
-            half(self.rivals_MQ),
+            kept[1],
         )
         return head + b"".join(part.tobytes() for part in parts)
 
     @classmethod
     def from_bytes(cls, record: bytes) -> "Rivals":
         """The inverse of `to_bytes`."""
-        members, rows, count = _HEAD.unpack_from(record)
+        members, rows, count, itemsize = _HEAD.unpack_from(record)
         place = _HEAD.size
         found: list[Any] = []
         for dtype, shape in (
             ("<i4", (rows,)),
-            ("<f2", (members, rows)),
+            (f"<f{itemsize}", (members, rows)),
             ("<i4", (rows,)),
             ("<i4", (count,)),
-            ("<f2", (members, count)),
+            (f"<f{itemsize}", (members, count)),
         ):
             size = int(np.prod(shape))
             part = np.frombuffer(record, dtype, size, place).reshape(shape)

@@ -81,7 +81,7 @@ def _classes(predictions: Predictions, mixes: Sequence[Mix]) -> list[Scores]:
     with_entropy = rows * classes * len(mixes) <= _ENTROPY_UP_TO
     parts: list[list[Scores]] = [[] for _ in mixes]
     step = max(16, _BLOCK // (max(pool, len(mixes), 1) * classes))
-    weights = [mix.weights(pool) for mix in mixes]
+    weights = [None if len(mix.members) == 1 else mix.weights(pool) for mix in mixes]
     for first in range(0, rows, step):
         block = slice(first, first + step)
         log_probs_MRC = _stacked(outputs, block)
@@ -106,7 +106,10 @@ def _classes(predictions: Predictions, mixes: Sequence[Mix]) -> list[Scores]:
                 members = list(dict.fromkeys(mix.members))
                 found["disagreement"] = _disagreement(decided_MR[members])
                 if entropy_MR is not None and "probs" in found:
-                    mean_R = entropy_MR[list(mix.members)].mean(0)
+                    share_M = weights[s]
+                    if share_M is None:
+                        share_M = np.bincount(mix.members, minlength=pool) / len(mix.members)
+                    mean_R = torch.from_numpy(share_M).to(entropy_MR.dtype) @ entropy_MR
                     found["information"] = _entropy(found["probs"]) - mean_R
             found.pop("probs", None)
             parts[s].append({name: np.asarray(value) for name, value in found.items()})
@@ -119,7 +122,7 @@ def _linear_mixes(
     probs_MRC: torch.Tensor, weights: Sequence[npt.NDArray[np.float64] | None]
 ) -> dict[int, torch.Tensor]:
     """All weighted means by one matrix product."""
-    rows = {s: w for s, w in enumerate(weights) if w is not None and (w > 0).sum() > 1}
+    rows = {s: weight for s, weight in enumerate(weights) if weight is not None}
     if not rows:
         return {}
     matrix_SM = torch.from_numpy(np.stack(list(rows.values()))).float()
@@ -291,6 +294,10 @@ def _tokens(predictions: Predictions, mixes: Sequence[Mix]) -> list[Scores]:
 def _labels(predictions: Predictions, mixes: Sequence[Mix]) -> list[Scores]:
     targets_RC = torch.from_numpy(predictions.targets)
     sign_RC = torch.where(targets_RC.bool(), 1.0, -1.0)
+    # one number for all labels of a row: a sum that wraps around, different for different sets
+    span = np.iinfo(np.int64)
+    codes = np.random.default_rng(0).integers(span.min, span.max, targets_RC.shape[1])
+    codes_C = torch.from_numpy(codes)
     found = []
     for mix in mixes:
         logits_RC = combined_log_probs(predictions, mix)
@@ -300,7 +307,7 @@ def _labels(predictions: Predictions, mixes: Sequence[Mix]) -> list[Scores]:
             "correct": right_RC.double().mean(1),
             "exact": right_RC.all(1),
             "positive": logits_RC,
-            "decided": (logits_RC > 0).long() @ (2 ** torch.arange(logits_RC.shape[1]) % 2**61),
+            "decided": (logits_RC > 0).long() @ codes_C,
         }
         if mix.combiner is None or combiners.combiner(mix.combiner).likelihood:
             loss_RC = torch.nn.functional.logsigmoid(sign_RC * logits_RC).double()

@@ -174,7 +174,8 @@ def _file(target: Target) -> Any:
     path = Path(target.where)
     if not path.is_file():
         raise UsageError(f"target '{target.text}': there is no file {path}")
-    name = "ensemblekit_target_" + hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
+    seen = str(path.resolve()).encode() + b"\0" + path.read_bytes()  # an edited file is loaded anew
+    name = "ensemblekit_target_" + hashlib.sha256(seen).hexdigest()[:12]
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)

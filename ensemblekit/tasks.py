@@ -176,8 +176,8 @@ def _labels_are_inputs(batch: Batch, ignore_index: int) -> bool:
     for value in named:
         if isinstance(value, torch.Tensor) and value.shape == labels.shape:
             kept = labels != ignore_index
-            if bool(kept.any()) and not value.is_floating_point():
-                return bool((value[kept] == labels[kept]).all())
+            if bool(kept.any()) and bool((value[kept] == labels[kept]).all()):
+                return True
     return False
 
 
@@ -244,7 +244,8 @@ def _check_labels(labels: torch.Tensor, classes: int, *, hint: str | None = None
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= classes:
         raise InputError(
-            f"labels run from {low} to {high}, the model has classes 0 to {classes - 1}", hint=hint
+            f"labels run from {low} to {high}, the model has classes 0 to {classes - 1}",
+            hint=hint or "check the labels, and --model-arg for the number of classes",
         )
 
 

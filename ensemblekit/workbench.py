@@ -4,6 +4,7 @@ Input: snapshots and options. Everything that `average` and `compare` let a mode
 here: members are built, their BatchNorm statistics recomputed, their predictions made, each once.
 """
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -13,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,16 @@ import torch
 from torch import nn
 
 from ensemblekit import __version__, build
-from ensemblekit.batches import Batch, Plan, batches, check_repeatable, count, digest, forward
+from ensemblekit.batches import (
+    Batch,
+    Plan,
+    batches,
+    check_repeatable,
+    count,
+    digest,
+    forward,
+    is_in_memory,
+)
 from ensemblekit.batchnorm import recompute_all
 from ensemblekit.cache import Cache, Log
 from ensemblekit.candidates import Member, mean_row
@@ -33,6 +44,7 @@ from ensemblekit.errors import (
     MachineError,
     NotFiniteError,
     UsageError,
+    UserCodeError,
     listing,
 )
 from ensemblekit.options import ModelOptions, Progress
@@ -44,6 +56,7 @@ from ensemblekit.targets import fingerprint, load_data, load_model
 from ensemblekit.tasks import Form, detect
 
 SMALL_BATCH = 128
+_UNKNOWN_MEMORY = 4 << 30  # where the system does not say
 _ROWS_BLOCK = 1 << 22  # elements read at once
 _HALF_ABOVE = 1 << 30  # bytes of float32 outputs beyond which float16 is kept
 
@@ -163,6 +176,7 @@ class _Split:
     plan: Plan
     first: Batch
     seen: Seen | None = None
+    codes: list[bytes] | None = None
     expected: int | None = None
 
 
@@ -215,6 +229,7 @@ class Workbench:
         self.mapping = build.key_map(self.skeleton, list(snapshots.first.tensors))
         self.frozen = tuple(frozen)
         self._statistics: dict[Member, Statistics] = {}
+        self._training: tuple[Any, str] | None = None  # the data, and their digest
         self._identity = _identity(options)
         self.splits: dict[str, _Split] = {}
         for split, given in {"val": options.val_data, "test": options.test_data}.items():
@@ -286,7 +301,7 @@ class Workbench:
             ]
             self._build(missing, built)
             try:
-                with self.precision() as autocast:
+                with self.precision() as autocast, _about(split):
                     seen = run_pass(
                         logs,
                         lambda log, index: built.models[units[log][index]],
@@ -307,15 +322,22 @@ class Workbench:
         self.passes.forward += len(missing)
         self.passes.reused += len(group) - len(missing)
         if seen is not None:
-            self._check_seen(split, seen)
+            assert logs is not None
+            self._check_seen(split, seen, logs[0].digests)
 
-    def _check_seen(self, split: str, seen: Seen) -> None:
+    def _check_seen(self, split: str, seen: Seen, codes: list[bytes]) -> None:
         place = self.splits[split]
         if place.expected is not None and seen.samples != place.expected:
             raise InputError(
                 f"the {split} data say that they have {place.expected} samples and gave "
                 f"{seen.samples}: some were dropped",
                 hint="DataLoader(..., drop_last=False), or return the Dataset itself",
+            )
+        if len(seen.targets) == 0:
+            raise InputError(
+                f"the {split} data hold no {'pixel' if self._keep(split).jointly else 'row'} that counts: every "
+                "label is the ignored one",
+                hint="--ignore-index LABEL names the label that does not count",
             )
         classes = self.form.classes if self.form and self.form.task == "classification" else 0
         if seen.samples < classes:
@@ -329,11 +351,21 @@ class Workbench:
                 f"the labels of the {split} data are not the same when they are read twice",
                 hint="no shuffling for validation and test data",
             )
-        place.seen = seen
+        if place.codes is not None and place.codes != codes:
+            raise InputError(
+                f"the inputs of the {split} data are not the same when they are read twice",
+                hint="no shuffling and no random augmentation for validation and test data",
+            )
+        place.seen, place.codes = seen, codes
 
     def _log(self, unit: Sequence[Member], split: str) -> Log:
         key = self._key(unit, split)
-        return self.cache.log(key, keep=self._identity is not None)
+        return self.cache.log(key, keep=all(self._known(member) for member in unit))
+
+    def _known(self, member: Member) -> bool:
+        """Whether a later run can tell what this member was made of: objects have no name."""
+        named = member.batch_norm != "recomputed" or isinstance(self.options.train_data, str)
+        return named and self._identity is not None
 
     def _key(self, unit: Sequence[Member], split: str) -> str:
         """What the predictions depend on; the batches themselves are checked one by one."""
@@ -359,29 +391,53 @@ class Workbench:
 
     def _training_facts(self) -> list[Any]:
         options = self.options
-        given = options.train_data
-        return [
-            fingerprint(given) if isinstance(given, str) else id(given),
-            *(options.batch_size, options.seed, options.bn_samples, options.limit, self.frozen),
-        ]
+        if self._training is None or self._training[0] is not options.train_data:
+            self._training = (options.train_data, self._training_digest())
+        digest = self._training[1]
+        plan = (options.batch_size, options.seed, options.bn_samples, options.limit)
+        return [digest, *plan, self.frozen]
+
+    def _training_digest(self) -> str:
+        """What recomputed statistics come from: code, and as much of the data as stays the same.
+
+        Arrays count as a whole. Other data count with their first batch, where it is the same when
+        it is read twice; random augmentation leaves the code and the number of samples.
+        """
+        given = self.options.train_data
+        facts = [fingerprint(given) if isinstance(given, str) else str(id(given))]
+        data, plan = _Data(given, "train"), Plan(self.options.batch_size)
+        facts.append(str(count(data.ready(), plan)))
+        if is_in_memory(data.ready()):
+            facts += [digest(batch).hex() for batch in batches(data.ready(), plan)]
+        else:
+            codes = {digest(next(batches(data.ready(), plan))).hex() for _ in range(2)}
+            facts += codes if len(codes) == 1 else ()
+        return hashlib.sha256("\n".join(facts).encode()).hexdigest()
 
     def _keep(self, split: str) -> Keep:
         assert self.form is not None
+        jointly = self.form.task == "segmentation"
+        width = 1 if jointly else self.form.classes
+        size = self._rows(split) * width * 4 * max(len(self.snapshots), 1)
+        large = size > _HALF_ABOVE and self.form.task in ("classification", "segmentation")
+        return Keep(self.form, "float16" if large else "float32", jointly)
+
+    def _rows(self, split: str) -> int:
+        """Rows of a split, as far as its first batch tells; 0 where its length is not known."""
+        assert self.form is not None
         place = self.splits[split]
-        size = (place.expected or 0) * self.form.classes * 4 * max(len(self.snapshots), 1)
-        large = size > _HALF_ABOVE and self.form.task == "classification"
-        return Keep(self.form, "float16" if large else "float32", self.form.task == "segmentation")
+        samples = place.expected or 0
+        if not self.form.dense:
+            return samples
+        return samples * len(self.form.targets(place.first).values_R) // max(place.first.size, 1)
 
     def _check_size(self, members: Sequence[Member], splits: Sequence[str]) -> None:
         needed = 0
         for split in splits:
-            place, keep = self.splits[split], self._keep(split)
-            rows = place.expected or 0
-            if keep.form.dense:
-                rows *= len(keep.form.targets(place.first).values_R) // max(place.first.size, 1)
+            keep = self._keep(split)
             width = 1 if keep.jointly else keep.width
-            itemsize = 2 if keep.jointly else np.dtype(keep.dtype).itemsize
-            needed += rows * width * itemsize * len(members)
+            size = self._rows(split) * width * np.dtype(keep.dtype).itemsize
+            needed += size * len(members)
         if needed > self.cache.limit_bytes:
             raise MachineError(
                 f"the predictions of {len(members)} members need {needed / 1e9:.1f} GB, the cache "
@@ -392,8 +448,7 @@ class Workbench:
 
     def kept_as(self, split: str) -> str:
         """Element type of the predictions on disk."""
-        keep = self._keep(split)
-        return "float16" if keep.jointly else keep.dtype
+        return self._keep(split).dtype
 
     # ------------------------------------------------------------------ members
 
@@ -478,7 +533,7 @@ class Workbench:
                         f"snapshots: they were frozen, and are kept ({listing(outcome.kept, limit=3)})"
                     )
                 self._statistics[m] = self._stored(exact, outcome.samples, tuple(notes))
-                if self.world.rank == 0 and self._identity is not None:
+                if self.world.rank == 0 and self._known(m):
                     told = {"samples": np.array(outcome.samples), "notes": np.array(notes, "U")}
                     self.cache.keep_statistics(self._statistics_key(m), {**exact, **told})
         for m in members:
@@ -490,7 +545,7 @@ class Workbench:
         """Statistics that an earlier run has left in the cache."""
         for m in members:
             earlier = None
-            if m not in self._statistics and self.world.rank == 0 and self._identity is not None:
+            if m not in self._statistics and self.world.rank == 0 and self._known(m):
                 earlier = self.cache.statistics(self._statistics_key(m))
             earlier = self.world.from_first(earlier)
             if earlier is not None:
@@ -619,7 +674,8 @@ class Workbench:
             options.batch_size, None, options.limit, options.workers, options.seed, part=part
         )
         loaded = data.ready()
-        first = check_repeatable(loaded, data.ready, plan, what=data.split)
+        with _about(data.split):
+            first = check_repeatable(loaded, data.ready, plan, what=data.split)
         return _Split(data, plan, first, expected=count(data.ready(), plan))
 
     def _probe(self) -> Form:
@@ -630,16 +686,18 @@ class Workbench:
         options = self.options
         with torch.inference_mode(), self.precision() as autocast:
             precision = torch.autocast(self.device.type, autocast, autocast is not None)
-            with precision:
+            with precision, _about(next(iter(self.splits))):
                 outputs = forward(self.skeleton, first.to(self.device))
-        form = detect(
-            outputs,
-            first,
-            task=options.task,
-            logits_key=options.logits,
-            ignore_index=options.ignore_index,
-        )
-        form.targets(first)  # labels that do not fit are told before any work is done
+                form = detect(
+                    outputs,
+                    first,
+                    task=options.task,
+                    logits_key=options.logits,
+                    ignore_index=options.ignore_index,
+                )
+        for split, place in self.splits.items():
+            with _about(split):
+                form.targets(place.first)  # labels that do not fit are told before any work
         return form
 
     @property
@@ -687,11 +745,26 @@ class _Data:
         return self.loaded
 
 
+@contextmanager
+def _about(split: str) -> Iterator[None]:
+    """Errors that concern data say which."""
+    try:
+        yield
+    except UserCodeError:
+        raise
+    except InputError as error:
+        if f"the {split} data" in error.message:
+            raise
+        raise type(error)(f"{split} data: {error.message}", hint=error.hint) from error
+
+
 def _identity(options: ModelOptions) -> str | None:
     """Digest of the model's code and arguments; None for a module, which has none."""
     if not isinstance(options.model, str):
         return None
-    facts = (fingerprint(options.model), repr(sorted(options.model_args.items())))
+    files = [Path(v) for v in options.model_args.values() if isinstance(v, str)]
+    contents = [hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()]
+    facts = (fingerprint(options.model), repr(sorted(options.model_args.items())), contents)
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
@@ -699,4 +772,9 @@ def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         free: int = torch.cuda.mem_get_info(device)[0]
         return free
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, StopIteration, ValueError):  # Linux: the page cache is free
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(int(v.split()[1]) for v in lines if v.startswith("MemAvailable:"))
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # all there is: macOS
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return _UNKNOWN_MEMORY

@@ -609,6 +609,7 @@ def test_an_error_in_one_process_ends_the_run(project: Project, tmp_path: Path) 
     assert_nothing_written(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_ends_the_run(project: Project, tmp_path: Path) -> None:
     (tmp_path / "driver.py").write_text(DRIVER)
     work = tmp_path / "work"
@@ -622,6 +623,7 @@ def test_a_process_that_hangs_ends_the_run(project: Project, tmp_path: Path) -> 
     assert_nothing_written(work)
 
 
+@pytest.mark.slow
 def test_a_slow_process_is_waited_for(project: Project, tmp_path: Path) -> None:
     """A share of the BatchNorm pass that takes longer than any one exchange may."""
     (tmp_path / "driver.py").write_text(DRIVER)
@@ -633,6 +635,7 @@ def test_a_slow_process_is_waited_for(project: Project, tmp_path: Path) -> None:
     assert (tmp_path / "out.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_the_first_process_may_work_alone_for_long(project: Project, tmp_path: Path) -> None:
     """Digests of large snapshots, which the others do not need."""
     (tmp_path / "driver.py").write_text(DRIVER)

@@ -152,11 +152,11 @@ def command(
             progress=show.progress(quiet=obj["quiet"] or as_json),
             announce=None if obj["quiet"] else show.note,
         )
-    if result is None:  # another process of a torchrun, or a dry run
+    if result is None:  # another process of a torchrun
         return 0
     if as_json:
         click.echo(json.dumps(result.comparison))
-    else:
+    elif not dry_run:
         _print(result, quiet=obj["quiet"], verbose=obj["verbose"])
     return 0
 

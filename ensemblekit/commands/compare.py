@@ -17,10 +17,11 @@ from ensemblekit.cache import Cache, default_root
 from ensemblekit.candidates import Candidate, Row, mean_row
 from ensemblekit.commands import provenance
 from ensemblekit.commands.bn_plan import fresh_warnings, frozen_layers
-from ensemblekit.commands.diagnose import diagnose
+from ensemblekit.commands.diagnose import POSITIONS, diagnose
 from ensemblekit.commands.report_folder import (
     JSON_NAME,
     check_folder,
+    is_whole,
     read_comparison,
     save_folder,
 )
@@ -143,7 +144,7 @@ def compare(
     )
     if folder is not None:
         earlier = None if force else read_comparison(folder)
-        if earlier is not None and earlier.get("request") == request:
+        if earlier is not None and earlier.get("request") == request and is_whole(folder):
             _check_required(earlier, options, strict=strict)
             return CompareResult(earlier, folder, up_to_date=True)
         inputs = [source.path for s in snapshots.snapshots for source in s.sources]
@@ -154,10 +155,12 @@ def compare(
         with world() as here:
             contest = _contest(snapshots, model, options, wanted, cache, here, progress)
             fixed = contest.fixed(added)
+            contest.check_names(fixed, added)
+            plan = _plan_text(contest, fixed)
             if announce is not None and here.rank == 0:
-                announce(_plan_text(contest, fixed))
+                announce(plan)
             if dry_run:
-                return None
+                return CompareResult({"schema_version": 1, "dry_run": True, "plan": plan})
             contest.predict(fixed)
         if here.rank != 0:
             return None
@@ -233,6 +236,9 @@ def _plan_text(contest: Contest, fixed: Sequence[Candidate]) -> str:
         text += f"; greedy soup: at most {most + splits} forward passes{bn}"
     if learned:
         text += f"; learned soup: {LEARNED_STEPS} gradient and {splits} forward passes"
+    if any(c.kind == "averaged" for c in fixed):
+        each = 2 * len(POSITIONS) if bn else len(POSITIONS)
+        text += f"; should averaging fail, about {each} forward passes to tell why"
     return f"{text} (what the cache holds is not run again)"
 
 
@@ -269,6 +275,7 @@ def _explain(comparison: dict[str, Any], found: Comparison) -> None:
     """Add why averaging failed, where it did."""
     cosines = [snapshot["cosine"] for snapshot in comparison["snapshots"]]
     diagnosis = diagnose(found.contest, found.chosen, cosines)
+    comparison["passes"] = asdict(found.contest.bench.passes)  # it may have needed some
     if diagnosis is not None:
         comparison["diagnosis"] = asdict(diagnosis)
         text = f"{diagnosis.verdict}: {diagnosis.because}. Next: {diagnosis.next}"

@@ -192,9 +192,9 @@ class _Examination:
             bench.options = replace(before, train_data=instead)
         try:
             members = [Member(row, policy) for row in rows]
-            bench.predict(members, [view.split])
             found = []
             for member in members:
+                bench.predict([member], [view.split])
                 whole = bench.predictions([member], view.split)
                 part = whole.part(view.mask(whole.samples))
                 (scores,) = score(part, [Mix((0,))])

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ensemblekit import reports
-from ensemblekit.errors import InputError, UsageError
+from ensemblekit.errors import InputError, UsageError, listing
 from ensemblekit.files import from_os_error, locked_folder
 
 JSON_NAME = "comparison.json"
@@ -49,11 +49,13 @@ def check_folder(folder: Path, *, inputs: list[Path], force: bool) -> None:
             f"output {folder} exists already",
             hint="choose another folder with -o, or --force to replace it",
         )
-    if read_comparison(folder) is None:
-        raise UsageError(
-            f"output {folder} is not empty and holds no comparison of ours",
-            hint="choose another folder with -o",
+    ours = {JSON_NAME, STATISTICS_NAME, *reports.REPORTS}
+    others = sorted(entry.name for entry in folder.iterdir() if entry.name not in ours)
+    if others or read_comparison(folder) is None:
+        what = (
+            f"files that are not ours ({listing(others, limit=3)})" if others else "no comparison"
         )
+        raise UsageError(f"output {folder} holds {what}", hint="choose another folder with -o")
 
 
 def read_comparison(folder: Path) -> dict[str, Any] | None:
@@ -62,7 +64,20 @@ def read_comparison(folder: Path) -> dict[str, Any] | None:
         value = json.loads((folder / JSON_NAME).read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) and "schema_version" in value else None
+    ours = isinstance(value, dict) and {"schema_version", "candidates", "decision"} <= set(value)
+    return value if ours else None
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether every file that belongs to a comparison is there."""
+    comparison = read_comparison(folder) or {}
+    wanted = [JSON_NAME, *reports.REPORTS]
+    noted = comparison.get("batch_norm_statistics")
+    whole = all((folder / name).is_file() for name in wanted)
+    if noted is None or not whole:
+        return whole
+    path = folder / STATISTICS_NAME
+    return path.is_file() and _sha256(path) == noted["sha256"]
 
 
 def save_folder(
@@ -78,6 +93,7 @@ def save_folder(
         UsageError: The folder appeared in the meantime.
         MachineError: The disk is full or read-only.
     """
+    folder = folder.resolve()  # a link stays one
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
     try:
         temporary.mkdir()
