@@ -267,7 +267,7 @@ def main() -> None:
         if arguments.part in (None, name):
             found |= part()
     for key, value in found.items():
-        print(f"{key:42} {value:,.4g}")
+        sys.stdout.write(f"{key:42} {value:,.4g}\n")
     environment = {
         "benchmark": "bench_compare",
         "ensemblekit": ensemblekit.__version__,
@@ -277,7 +277,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "images": arguments.images,
     }
-    print(json.dumps({**environment, **found}))
+    sys.stdout.write(json.dumps({**environment, **found}) + "\n")
 
 
 if __name__ == "__main__":

@@ -284,14 +284,9 @@ def _raw_batches(data: Any, plan: Plan) -> Iterable[Any]:
     )
 
 
-def is_in_memory(data: Any) -> bool:
-    """Whether the data are arrays."""
-    return isinstance(data, torch.Tensor | np.ndarray) or _is_arrays(data)
-
-
 def _has_indices(data: Any) -> bool:
     """Whether `_index_batches` chooses what is loaded."""
-    if is_in_memory(data):
+    if isinstance(data, torch.Tensor | np.ndarray) or _is_arrays(data):
         return True
     return not isinstance(data, torch.utils.data.IterableDataset) and _is_map_style(data)
 

@@ -176,7 +176,7 @@ def recompute_all(
     samples = sum(world.gather(samples))
     if samples == 0:
         raise InputError("the data are empty: no batch came out of them")
-    notes = order.warnings()
+    notes = order.warnings(world)
     found = []
     for model, own, pool in zip(models, layers, _merged(pools, world), strict=True):
         statistics = _write(model, own, pool)
@@ -348,8 +348,11 @@ class _LabelOrder:
         self._seen.update(values)
         self._batches += 1
 
-    def warnings(self) -> list[str]:
-        if not self._sorted or len(self._seen) < 2 or self._batches < 2:
+    def warnings(self, world: World) -> list[str]:
+        parts = world.gather((self._sorted, self._seen, self._batches))
+        in_order = all(part[0] for part in parts)
+        classes = set().union(*(part[1] for part in parts))
+        if not in_order or len(classes) < 2 or sum(part[2] for part in parts) < 2:
             return []
         text = (
             "the BatchNorm data come sorted by label, so their batches are not typical: "

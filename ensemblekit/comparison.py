@@ -17,7 +17,7 @@ from ensemblekit.candidates import Candidate, Member, one_hot
 from ensemblekit.contest import Contest, used_snapshots, weights_json
 from ensemblekit.decision import Budget, Option
 from ensemblekit.errors import UsageError
-from ensemblekit.scoring import Scores, combined_log_probs
+from ensemblekit.scoring import Mix, Scores, combined_log_probs
 from ensemblekit.targets import user_code
 from ensemblekit.workbench import Predictions
 
@@ -199,34 +199,36 @@ class Comparison:
         pool, mix = self.contest.mix(candidate)
         predictions = self.contest.predictions(view, pool)
         evaluation.with_auroc(found, self.task, scores, predictions.targets)
-        size = len(predictions.targets) * predictions.form.classes
         folded = "cross_fitted" in found  # what follows would be of the fit to all samples
-        calibrated = self.task == "classification" and "log_prob" in scores and not folded
-        if calibrated and (
-            size <= _CALIBRATE_UP_TO or candidate.name in ("ensemble", self.baseline)
-        ):
-            nll, temperature = evaluation.calibrated_nll(
-                combined_log_probs(predictions, mix), predictions.targets, seed=self.contest.seed
-            )
-            found["nll_calibrated"], found["temperature"] = nll, temperature
-        if self.user_metric is not None and not folded:
+        if self.task == "classification" and "log_prob" in scores:
+            size = len(predictions.targets) * predictions.form.classes
+            headline = candidate.name in ("ensemble", self.baseline)
+            nll = temperature = None
+            if not folded and (size <= _CALIBRATE_UP_TO or headline):
+                combined = combined_log_probs(predictions, mix)
+                nll, temperature = evaluation.calibrated_nll(
+                    combined, predictions.targets, seed=self.contest.seed
+                )
+            found |= {"nll_calibrated": nll, "temperature": temperature}
+        if self.user_metric is not None:
             name = getattr(self.user_metric, "__name__", "metric")
-            found[name] = self._user_metric(combined_log_probs(predictions, mix), predictions)
+            found[name] = None if folded else self._user_metric(mix, predictions)
         return found
 
-    def _user_metric(self, outputs_RC: torch.Tensor, predictions: Predictions) -> float:
+    def _user_metric(self, mix: Mix, predictions: Predictions) -> float:
+        """The user's figure of probabilities (of values in a regression) and targets."""
         assert self.user_metric is not None
         if self.task in ("segmentation", "tokens"):
             raise UsageError(
                 f"--metric: a function of whole outputs is not possible for {self.task}"
             )
-        shown = outputs_RC
+        outputs_RC = combined_log_probs(predictions, mix)
         if self.task == "classification":
-            shown = outputs_RC.exp()
+            outputs_RC = outputs_RC.exp()
         elif self.task == "multilabel":
-            shown = torch.sigmoid(outputs_RC)
+            outputs_RC = torch.sigmoid(outputs_RC)
         with user_code("the metric"):
-            return float(self.user_metric(shown.numpy(), predictions.targets))
+            return float(self.user_metric(outputs_RC.numpy(), predictions.targets))
 
     def _cost(self, candidate: Candidate, times: "_Times") -> dict[str, Any]:
         members, first = len(candidate.rows), self.snapshots.first

@@ -6,6 +6,8 @@ All traffic is between CPUs (gloo): predictions are kept there, and the sums of 
 are a few kilobytes. The GPUs compute, one to a process.
 """
 
+import atexit
+import contextlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +22,9 @@ from ensemblekit.errors import MachineError
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(seconds=25)  # that long a process waits for one that does not answer
+# How long a process waits for one that is alive and silent, such as process 0 while it hashes
+# large files. One that has died is noticed at once: its connections close, and torchrun ends all.
+PATIENCE = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -86,15 +90,19 @@ def world() -> Iterator[World]:
     if size == 1 or "MASTER_ADDR" not in os.environ:
         yield World()
         return
-    if not _dist().is_initialized():
+    if not _dist().is_initialized():  # it may be the caller's, and stays for the next call
         with _told():
             _dist().init_process_group("gloo", timeout=PATIENCE)
-    here = World(
+        atexit.register(_leave)
+    yield World(
         _dist().get_rank(), _dist().get_world_size(), int(os.environ.get("LOCAL_RANK", "0"))
     )
-    yield here  # an error leaves at once: the others would wait in vain for a goodbye
-    with _told():
+    with _told():  # an error leaves at once: the others would wait in vain for a goodbye
         _dist().barrier()
+
+
+def _leave() -> None:
+    with contextlib.suppress(RuntimeError, ValueError, AssertionError):
         _dist().destroy_process_group()
 
 

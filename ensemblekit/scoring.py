@@ -63,6 +63,8 @@ def score(predictions: Predictions, mixes: Sequence[Mix]) -> list[Scores]:
         InputError: A combiner that this task does not have.
     """
     task = predictions.form.task
+    if not mixes:
+        return []
     for mix in mixes:
         if mix.combiner is not None and task not in combiners.combiner(mix.combiner).tasks:
             raise InputError(f"combiner '{mix.combiner}' is not defined for {task}")

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import inspect
 import itertools
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -273,7 +274,9 @@ def user_code(what: str) -> Iterator[None]:
 
 def _their_traceback(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if f.filename != __file__ and "importlib" not in f.filename]
+    package = str(Path(__file__).parent) + os.sep
+    skipped = (package, "<frozen importlib")
+    own = [f for f in frames if not f.filename.startswith(skipped)]
     return "".join(traceback.format_list(own))
 
 

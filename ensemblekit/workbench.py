@@ -31,7 +31,6 @@ from ensemblekit.batches import (
     count,
     digest,
     forward,
-    is_in_memory,
 )
 from ensemblekit.batchnorm import recompute_all
 from ensemblekit.cache import Cache, Log
@@ -398,20 +397,20 @@ class Workbench:
         return [digest, *plan, self.frozen]
 
     def _training_digest(self) -> str:
-        """What recomputed statistics come from: code, and as much of the data as stays the same.
+        """What recomputed statistics come from: code, and the data as far as they stay the same.
 
-        Arrays count as a whole. Other data count with their first batch, where it is the same when
-        it is read twice; random augmentation leaves the code and the number of samples.
+        Data whose first batch is the same when it is read twice count as a whole; of randomly
+        augmented data only the code and the number of samples can be known again.
         """
-        given = self.options.train_data
+        given, options = self.options.train_data, self.options
         facts = [fingerprint(given) if isinstance(given, str) else str(id(given))]
-        data, plan = _Data(given, "train"), Plan(self.options.batch_size)
+        limit = min(options.bn_samples, options.limit or options.bn_samples)
+        data = _Data(given, "train")
+        plan = Plan(options.batch_size, options.seed, limit, options.workers)
         facts.append(str(count(data.ready(), plan)))
-        if is_in_memory(data.ready()):
+        codes = {digest(next(batches(data.ready(), plan))) for _ in range(2)}
+        if len(codes) == 1:
             facts += [digest(batch).hex() for batch in batches(data.ready(), plan)]
-        else:
-            codes = {digest(next(batches(data.ready(), plan))).hex() for _ in range(2)}
-            facts += codes if len(codes) == 1 else ()
         return hashlib.sha256("\n".join(facts).encode()).hexdigest()
 
     def _keep(self, split: str) -> Keep:
@@ -475,7 +474,9 @@ class Workbench:
         """Members that are loaded at the same time."""
         assert self.form is not None
         size = sum(t.numel() * t.element_size() for t in self.skeleton.state_dict().values())
-        fit = max(1, int(_free_memory(self.device) * 0.5) // max(2 * size, 1))
+        shared = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.world.size > 1 else 1
+        free = _free_memory(self.device) // (1 if self.device.type == "cuda" else shared)
+        fit = min(self.world.gather(max(1, free // 2 // max(2 * size, 1))))
         if self.form.task == "segmentation" and fit < len(members):
             raise MachineError(
                 f"{len(members)} members of {size / 1e6:.0f} MB do not fit into memory together, "

@@ -142,7 +142,7 @@ class TestLosses:
             mixed = np.tensordot(weights, logs[taken], axes=1)
             wanted = ((mixed - truth) ** 2).mean(axis=(1, 2))
         predictions = Predictions(form, outputs, rivals, truth, None)
-        losses = losses_of(predictions, taken)
+        losses = losses_of(predictions.of(taken))
         assert losses.members == 2
         np.testing.assert_allclose(losses.of(weights), wanted, rtol=1e-5)
 

@@ -623,29 +623,6 @@ def test_a_process_that_hangs_ends_the_run(project: Project, tmp_path: Path) -> 
     assert_nothing_written(work)
 
 
-@pytest.mark.slow
-def test_a_slow_process_is_waited_for(project: Project, tmp_path: Path) -> None:
-    """A share of the BatchNorm pass that takes longer than any one exchange may."""
-    (tmp_path / "driver.py").write_text(DRIVER)
-    args = ["average", project.checkpoints, "-o", "out.safetensors"]
-    flags = ["--model", project.target("make"), "--device", "cpu", "--batch-size", "64"]
-    flags += ["--train-data", project.target("Uneven")]
-    done = torchrun(*args, *flags, cwd=tmp_path, driver=tmp_path / "driver.py", PATIENCE="3")
-    sound(done)
-    assert (tmp_path / "out.safetensors").exists()
-
-
-@pytest.mark.slow
-def test_the_first_process_may_work_alone_for_long(project: Project, tmp_path: Path) -> None:
-    """Digests of large snapshots, which the others do not need."""
-    (tmp_path / "driver.py").write_text(DRIVER)
-    args = ["compare", project.checkpoints, "-o", "out", "--cache-dir", "cache"]
-    args += ["--candidates", "singles", "--last", "2", *project.flags("data", train=None)]
-    slow = {"driver": tmp_path / "driver.py", "PATIENCE": "3", "HASHING": "5"}
-    sound(torchrun(*args, cwd=tmp_path, **slow))
-    assert (tmp_path / "out" / "report.html").exists()
-
-
 def test_a_wrong_model_is_named(project: Project, tmp_path: Path) -> None:
     args = ["compare", project.checkpoints, "-o", "out", "--cache-dir", "cache", "--json"]
     flags = project.flags("data", model="other")

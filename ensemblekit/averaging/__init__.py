@@ -6,22 +6,24 @@ keyword options become flags of the command line.
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
-from ensemblekit.candidates import Row
 from ensemblekit.errors import one_of
+
+if TYPE_CHECKING:  # `average --help` reads the registry, and needs no numpy for that
+    import numpy as np
+    import numpy.typing as npt
+
+    from ensemblekit.candidates import Row
 
 
 class Objective(Protocol):
     """What a rule that looks at data asks of a row."""
 
-    def value(self, row: Row) -> float:
+    def value(self, row: "Row") -> float:
         """The figure of the average on choosing data, turned so that higher is better."""
 
-    def gradient(self, row: Row) -> tuple[float, npt.NDArray[np.float64]]:
+    def gradient(self, row: "Row") -> "tuple[float, npt.NDArray[np.float64]]":
         """The mean loss of the average there, and its derivative by each of K coefficients."""
 
 

@@ -47,5 +47,6 @@ def learned_soup(
 
 
 def _row(weights_K: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Row:
-    coefficients = tuple(float(w) for w in weights_K)
+    # six digits: more would be noise of the order of summation, and make another candidate of it
+    coefficients = tuple(round(float(w), 6) for w in weights_K)
     return Row(coefficients, float(sum(coefficients)))

@@ -152,4 +152,5 @@ def _from_click(error: click.ClickException) -> EnsembleKitError:
 
 
 def _terminate(_: int, __: FrameType | None) -> Any:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report its loaders' end as an error
     raise _Terminated

@@ -29,7 +29,7 @@ from ensemblekit.comparison import Comparison
 from ensemblekit.contest import LEARNED_STEPS, Contest, views
 from ensemblekit.decision import Budget
 from ensemblekit.discovery import discover
-from ensemblekit.distributed import World, world
+from ensemblekit.distributed import World, rank, world
 from ensemblekit.errors import CheckFailedError, UsageError, one_of
 from ensemblekit.evaluation import Measure
 from ensemblekit.families import Wanted
@@ -145,6 +145,8 @@ def compare(
     if folder is not None:
         earlier = None if force else read_comparison(folder)
         if earlier is not None and earlier.get("request") == request and is_whole(folder):
+            if rank() != 0:
+                return None
             _check_required(earlier, options, strict=strict)
             return CompareResult(earlier, folder, up_to_date=True)
         inputs = [source.path for s in snapshots.snapshots for source in s.sources]
@@ -159,6 +161,8 @@ def compare(
             plan = _plan_text(contest, fixed)
             if announce is not None and here.rank == 0:
                 announce(plan)
+            if dry_run and here.rank != 0:
+                return None
             if dry_run:
                 return CompareResult({"schema_version": 1, "dry_run": True, "plan": plan})
             contest.predict(fixed)

@@ -1228,7 +1228,7 @@ def test_a_required_gain(tmp_path: Path) -> None:
 
 
 def test_a_required_gain_that_is_there(tmp_path: Path) -> None:
-    found = compared(tmp_path / "c", noisy(1.5), candidates="singles,uniform+bn,uniform",
+    found = compared(tmp_path / "c", noisy(1.5), candidates="singles,uniform",
                      require_gain=True)  # fmt: skip
     decision = found.comparison["decision"]
     assert decision["real"]
