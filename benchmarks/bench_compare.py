@@ -115,8 +115,8 @@ def cost(images: int) -> dict[str, float]:
         first = resnet20().state_dict()
         for k in range(MEMBERS):  # neighbours, as snapshots are
             state = {
-                key: v + 0.01 * v.std() * torch.randn(v.shape, generator=generator)
-                if v.is_floating_point() and v.ndim > 1
+                key: v * (1 + 0.01 * torch.rand(v.shape, generator=generator))
+                if v.is_floating_point()
                 else v.clone()
                 for key, v in first.items()
             }

@@ -279,9 +279,10 @@ class Comparison:
         flops = latency.flops(models[0], bench.example, bench.device)
         sizes = sorted({1, self.budget.latency_batch, min(bench.options.batch_size, 64)})
         found = {}
-        for size in sizes:
+        for size in sizes:  # every number of members for the budget's batch, the ends elsewhere
+            wanted = counts if size == self.budget.latency_batch else sorted({1, most} & {*counts})
             found[size] = latency.measure(
-                models, counts, bench.example, size, device=bench.device, precision=bench.precision
+                models, wanted, bench.example, size, device=bench.device, precision=bench.precision
             )
         return _Times(found, flops, self.budget.latency_batch)
 
