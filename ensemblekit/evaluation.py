@@ -17,6 +17,8 @@ from ensemblekit.combiners import best_temperature
 from ensemblekit.scoring import Scores
 
 RESAMPLES = 2000
+_Z_TWO_SIDED = 1.959963984540054  # of a 95% interval
+_Z_ONE_SIDED = 1.6448536269514722  # of a 95% bound
 
 
 @dataclass(frozen=True)
@@ -144,37 +146,46 @@ def _discordant(scores: Scores, other: Scores) -> tuple[int, int, int]:
 def _bootstrapped(
     measure: Measure, scores: Sequence[Scores], baseline: Scores, *, seed: int
 ) -> list[dict[str, Any] | None]:
-    figure = measure.figure
-    if not _has(figure, baseline):
-        return [None for _ in scores]
-    sums = [figure.terms(one) if _has(figure, one) else None for one in (baseline, *scores)]
-    stacked = np.concatenate([part for part in sums if part is not None], axis=1)
-    drawn_BQ = statistics.resample(stacked, seed=seed, resamples=RESAMPLES)
-    total_1Q = stacked.sum(axis=0)[None]
-    width = sums[0].shape[1]  # type: ignore[union-attr]
     found: list[dict[str, Any] | None] = []
-    place = width
-    for part in sums[1:]:
-        if part is None:
+    for drawn in _resampled_gains(measure, scores, baseline, seed=seed):
+        if drawn is None:
             found.append(None)
             continue
-        columns = slice(place, place + width)
-        place += width
-        with np.errstate(all="ignore"):
-            differ_B = measure.sign * (
-                figure.value(drawn_BQ[:, columns]) - figure.value(drawn_BQ[:, :width])
-            )
-            value = float(
-                measure.sign
-                * (figure.value(total_1Q[:, columns]) - figure.value(total_1Q[:, :width]))[0]
-            )
-        interval = statistics.percentiles(differ_B)
-        error = (interval.high - interval.low) / (2 * 1.959964)
+        value, values_B = drawn
+        interval = statistics.percentiles(values_B)
+        error = (interval.high - interval.low) / (2 * _Z_TWO_SIDED)
         p_value = math.erfc(abs(value) / error / math.sqrt(2)) if error > 0 else 1.0
-        if math.isnan(value) or math.isnan(interval.low):
-            found.append(None)
-            continue
         found.append({"value": value, "ci": [interval.low, interval.high], "p_value": p_value})
+    return found
+
+
+def _resampled_gains(
+    measure: Measure, scores: Sequence[Scores], other: Scores, *, seed: int
+) -> list[tuple[float, metrics.Floats] | None]:
+    """What each candidate gains over another, on the items and on resamples of them.
+
+    All see the same resamples. None where the figure is not defined.
+    """
+    figure = measure.figure
+    if not _has(figure, other):
+        return [None for _ in scores]
+    reference = figure.terms(other)
+    sums = [figure.terms(one) if _has(figure, one) else None for one in scores]
+    stacked = np.concatenate([reference, *(part for part in sums if part is not None)], axis=1)
+    drawn_BQ = statistics.resample(stacked, seed=seed, resamples=RESAMPLES)
+    both_BQ = np.concatenate([stacked.sum(axis=0)[None], drawn_BQ])  # the items themselves first
+    width = place = reference.shape[1]
+    found: list[tuple[float, metrics.Floats] | None] = []
+    with np.errstate(all="ignore"):
+        base_B = figure.value(both_BQ[:, :width])
+        for part in sums:
+            if part is None:
+                found.append(None)
+                continue
+            values_B = measure.sign * (figure.value(both_BQ[:, place : place + width]) - base_B)
+            place += width
+            defined = np.isfinite(values_B[0]) and np.isfinite(values_B[1:]).any()
+            found.append((float(values_B[0]), values_B[1:]) if defined else None)
     return found
 
 
@@ -205,32 +216,15 @@ def losses(
     """The loss of each candidate against the best."""
     if _counts(measure, best):
         return [_accuracy_loss(one, best) for one in scores]
-    figure = measure.figure
-    items = len(best["rows"])
     found: list[Loss | None] = []
-    sums = [figure.terms(one) if _has(figure, one) else None for one in (best, *scores)]
-    assert sums[0] is not None
-    stacked = np.concatenate([part for part in sums if part is not None], axis=1)
-    drawn_BQ = statistics.resample(stacked, seed=seed, resamples=RESAMPLES)
-    total_1Q = stacked.sum(axis=0)[None]
-    width = place = sums[0].shape[1]
-    for part in sums[1:]:
-        if part is None:
+    for drawn in _resampled_gains(measure, scores, best, seed=seed):
+        if drawn is None:
             found.append(None)
             continue
-        columns = slice(place, place + width)
-        place += width
-        with np.errstate(all="ignore"):
-            differ_B = measure.sign * (
-                figure.value(drawn_BQ[:, :width]) - figure.value(drawn_BQ[:, columns])
-            )
-            value = float(
-                measure.sign
-                * (figure.value(total_1Q[:, :width]) - figure.value(total_1Q[:, columns]))[0]
-            )
-        interval = statistics.percentiles(differ_B, level=0.9)
-        error = (interval.high - interval.low) / (2 * 1.644854)
-        found.append(Loss(value, interval.low, interval.high, error**2 * items))
+        value, values_B = drawn
+        interval = statistics.percentiles(-values_B, level=0.9)
+        error = (interval.high - interval.low) / (2 * _Z_ONE_SIDED)
+        found.append(Loss(-value, interval.low, interval.high, error**2 * len(best["rows"])))
     return found
 
 
