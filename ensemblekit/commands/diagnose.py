@@ -85,6 +85,11 @@ def _mismatched(contest: Contest, chosen: Mapping[str, Scores]) -> Diagnosis | N
     )
 
 
+def _less(usual: float) -> float:
+    """What is still as good: a hundredth less."""
+    return usual - 0.01 * abs(usual)
+
+
 class _Examination:
     """One failed average, looked at from all sides."""
 
@@ -109,7 +114,7 @@ class _Examination:
         shown = (names[self.first], names[self.second])
         recomputed = middle["metric_recomputed_bn"]
         sign = self.contest.measure.sign
-        if recomputed is not None and sign * recomputed >= self.usual:
+        if recomputed is not None and sign * recomputed >= _less(self.usual):
             return Diagnosis(
                 "stale BatchNorm",
                 f"with averaged BatchNorm statistics the mean has {self._told(middle)}, with "
@@ -214,8 +219,7 @@ class _Examination:
         policy: BatchNorm = "recomputed" if self.has_bn else "none"
         (found,) = self._figures([row], policy)
         usual = float(np.median([self.alone[k] for k in kept]))
-        slack = 0.01 * abs(usual)
-        return found is not None and self.contest.measure.sign * found >= usual - slack
+        return found is not None and self.contest.measure.sign * found >= _less(usual)
 
     def _fast(self) -> list[int]:
         """Snapshots whose learning rate is far above the lowest one."""
