@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ensemblekit.predictions import Predictions, true_outputs
 from ensemblekit.rivals import all_subset_weights
-from ensemblekit.workbench import Predictions, true_outputs
 
 Floats = npt.NDArray[np.float64]
 

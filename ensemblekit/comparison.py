@@ -17,9 +17,9 @@ from ensemblekit.candidates import Candidate, Member, one_hot
 from ensemblekit.contest import Contest, used_snapshots, weights_json
 from ensemblekit.decision import Budget, Option
 from ensemblekit.errors import UsageError
+from ensemblekit.predictions import Predictions
 from ensemblekit.scoring import Mix, Scores, combined_log_probs
 from ensemblekit.targets import user_code
-from ensemblekit.workbench import Predictions
 
 SCHEMA_VERSION = 1
 _CALIBRATE_UP_TO = 4_000_000  # outputs beyond which only headline candidates are calibrated
@@ -106,7 +106,7 @@ class Comparison:
                 "train": self._train_json(),
                 "note": self._note(),
             },
-            "snapshots": sections.snapshots_json(self.snapshots, bench.digests, cosines),
+            "snapshots": sections.snapshots_json(self.snapshots, bench.builder.digests, cosines),
             "skipped": [{"path": str(s.path), "reason": s.reason} for s in self.snapshots.skipped],
             "growth": sections.growth(
                 contest, self.ranking, {"choosing": self.chosen, "reporting": self.reported}
@@ -125,7 +125,7 @@ class Comparison:
         found = {}
         for candidate in self.candidates:
             for m, member in enumerate(candidate.members):
-                statistics = self.contest.bench.statistics(member)
+                statistics = self.contest.bench.builder.statistics(member)
                 if statistics is not None and member.batch_norm == "recomputed":
                     for key, value in statistics.values.items():
                         found[f"{candidate.name}/{m}/{key}"] = value
@@ -160,7 +160,7 @@ class Comparison:
         samples = [
             statistics.samples
             for member in candidate.members
-            if (statistics := self.contest.bench.statistics(member)) is not None
+            if (statistics := self.contest.bench.builder.statistics(member)) is not None
         ]
         evaluations = [
             self._figures(candidate, self.contest.choosing, self.chosen[candidate.name]),
@@ -271,7 +271,9 @@ class Comparison:
         count = len(self.snapshots)
         most = max(counts)
         try:
-            models = bench.models([Member(one_hot(k, count)) for k in range(min(count, most))])
+            models = bench.builder.models(
+                [Member(one_hot(k, count)) for k in range(min(count, most))]
+            )
         except (MemoryError, torch.OutOfMemoryError):
             self.warnings.append("latency was not measured: the members do not fit into memory")
             return _Times({}, None, self.budget.latency_batch)
@@ -282,7 +284,12 @@ class Comparison:
         for size in sizes:  # every number of members for the budget's batch, the ends elsewhere
             wanted = counts if size == self.budget.latency_batch else sorted({1, most} & {*counts})
             found[size] = latency.measure(
-                models, wanted, bench.example, size, device=bench.device, precision=bench.precision
+                models,
+                wanted,
+                bench.example,
+                size,
+                device=bench.device,
+                precision=bench.builder.precision,
             )
         return _Times(found, flops, self.budget.latency_batch)
 
@@ -398,7 +405,7 @@ class Comparison:
             )
         for candidate in self.candidates:
             for member in candidate.members:
-                statistics = self.contest.bench.statistics(member)
+                statistics = self.contest.bench.builder.statistics(member)
                 self.warnings += [] if statistics is None else statistics.notes
         if decision["ship"] is not None and not decision["enough_data"]:
             self.warnings.append(decision["because"][1])
@@ -413,7 +420,7 @@ class Comparison:
             s.samples
             for c in self.candidates
             for m in c.members
-            if (s := self.contest.bench.statistics(m)) is not None
+            if (s := self.contest.bench.builder.statistics(m)) is not None
         ]
         return {"samples": max(samples)} if samples else None
 

@@ -22,8 +22,9 @@ from ensemblekit.combiners import COMBINERS
 from ensemblekit.errors import UsageError, one_of
 from ensemblekit.evaluation import Measure
 from ensemblekit.families import Wanted
+from ensemblekit.predictions import Predictions
 from ensemblekit.scoring import Mix, Scores, score
-from ensemblekit.workbench import Predictions, Workbench
+from ensemblekit.workbench import Workbench
 
 LEARNED_STEPS = 6
 
@@ -291,8 +292,8 @@ class _Objective:
         like = None
         if contest.mixed_bn == "recomputed":
             like = Member(mean_row(len(contest.names)), "recomputed")
-            if bench.statistics(like) is None:
-                bench.models([like])
+            if bench.builder.statistics(like) is None:
+                bench.builder.models([like])
         return bench.gradient(Member(row, contest.mixed_bn), view.split, view.mask(samples), like)
 
 

@@ -14,8 +14,8 @@ from ensemblekit import choosing, families
 from ensemblekit.candidates import Candidate
 from ensemblekit.choosing import Losses, losses_of
 from ensemblekit.combiners import COMBINERS
+from ensemblekit.predictions import Predictions
 from ensemblekit.scoring import Mix, Scores, score
-from ensemblekit.workbench import Predictions
 
 FOLDS = 5
 

@@ -16,8 +16,8 @@ import torch
 
 from ensemblekit import combiners
 from ensemblekit.errors import InputError
+from ensemblekit.predictions import Kept, Predictions
 from ensemblekit.rivals import Rivals
-from ensemblekit.workbench import Kept, Predictions
 
 _BLOCK = 1 << 23  # elements of one piece of work
 _TOP = 5

@@ -20,9 +20,9 @@ from ensemblekit.choosing import (
     greedy_ensemble,
     losses_of,
 )
+from ensemblekit.predictions import Predictions
 from ensemblekit.rivals import all_subset_weights, find_rivals, subsets
 from ensemblekit.tasks import Form
-from ensemblekit.workbench import Predictions
 
 Array = np.ndarray
 

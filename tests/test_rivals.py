@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from ensemblekit.predictions import Predictions
 from ensemblekit.rivals import (
     Rivals,
     all_subset_weights,
@@ -14,7 +15,6 @@ from ensemblekit.rivals import (
 )
 from ensemblekit.scoring import Mix, score
 from ensemblekit.tasks import Form
-from ensemblekit.workbench import Predictions
 
 Array = np.ndarray
 

@@ -16,9 +16,9 @@ from ensemblekit import scoring
 from ensemblekit.combiners import COMBINERS
 from ensemblekit.errors import InputError, UsageError
 from ensemblekit.evaluation import agreement
+from ensemblekit.predictions import Predictions
 from ensemblekit.scoring import Mix, combined_log_probs, score
 from ensemblekit.tasks import Form
-from ensemblekit.workbench import Predictions
 
 torch.set_num_threads(1)
 

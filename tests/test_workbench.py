@@ -28,8 +28,9 @@ from ensemblekit.errors import (
     UserCodeError,
 )
 from ensemblekit.options import ModelOptions
+from ensemblekit.predictions import Predictions
 from ensemblekit.snapshots import SnapshotSet
-from ensemblekit.workbench import Predictions, Workbench, _free_memory
+from ensemblekit.workbench import Workbench, _free_memory
 
 from . import counted
 from .counted import FORWARD, READ, Net, seen
@@ -305,7 +306,7 @@ class TestOnce:
         with bench(folder) as made:
             made.predict([MIXED])
             (found,) = outputs(made, [MIXED])
-            kept = made.statistics(MIXED)
+            kept = made.builder.statistics(MIXED)
         model = Net()
         mean = {key: np.mean([state(k)[key] for k in range(3)], axis=0) for key in state(0)}
         model.load_state_dict({key: torch.tensor(value) for key, value in mean.items()})
@@ -328,7 +329,9 @@ class TestOnce:
         with bench(folder, model=module, train_data=(x, y)) as made:
             made.predict([SINGLES[1], MIXED])
             torch.testing.assert_close(torch.tensor(outputs(made, SINGLES[1:2])[0]), right(1))
-            assert all(not m.training for ready in made.models([MIXED]) for m in ready.modules())
+            assert all(
+                not m.training for ready in made.builder.models([MIXED]) for m in ready.modules()
+            )
         assert [m.training for m in module.modules()] == flags
         assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
         assert not any(p.grad is not None for p in module.parameters())
@@ -404,13 +407,13 @@ class TestAgain:
     def test_damaged_statistics_are_made_anew(self, folder: Path) -> None:
         with bench(folder) as made:
             made.predict([MIXED])
-            before = made.statistics(MIXED)
+            before = made.builder.statistics(MIXED)
         (path,) = (folder / "cache").glob("bn-*/statistics.npz")
         os.truncate(path, path.stat().st_size // 2)
         with bench(folder) as made:
-            made.models([MIXED])
+            made.builder.models([MIXED])
             assert made.passes.batch_norm == 1
-            assert made.statistics(MIXED).samples == before.samples == 260  # type: ignore[union-attr]
+            assert made.builder.statistics(MIXED).samples == before.samples == 260  # type: ignore[union-attr]
 
 
 class TestInterrupted:
@@ -554,11 +557,11 @@ class TestChanged:
         with bench(folder, root=None) as made:
             made.predict([MIXED])
             (wanted,) = outputs(made, [MIXED])
-            right_values = made.statistics(MIXED)
+            right_values = made.builder.statistics(MIXED)
         with bench(folder) as made:
             made.predict([MIXED])
             (found,) = outputs(made, [MIXED])
-            values = made.statistics(MIXED)
+            values = made.builder.statistics(MIXED)
         assert values is not None
         assert right_values is not None
         for key, value in right_values.values.items():
@@ -572,8 +575,8 @@ class TestChanged:
         found = []
         for _ in range(2):
             with bench(folder, train_data=train) as made:
-                made.models([MIXED])
-                statistics = made.statistics(MIXED)
+                made.builder.models([MIXED])
+                statistics = made.builder.statistics(MIXED)
                 assert statistics is not None
                 found.append(statistics.values["bn.running_mean"])
             train[:] = [(part * 3 + 1, labels) for part, labels in train]
@@ -592,9 +595,9 @@ class TestChanged:
     )
     def test_options_of_the_statistics(self, folder: Path, option: dict[str, Any]) -> None:
         with bench(folder) as made:
-            made.models([MIXED])
+            made.builder.models([MIXED])
         with bench(folder, **option) as made:
-            made.models([MIXED])
+            made.builder.models([MIXED])
             assert made.passes.batch_norm == 1
 
     def test_code(self, folder: Path) -> None:

@@ -168,7 +168,7 @@ def compare(
             contest.predict(fixed)
         if here.rank != 0:
             return None
-        contest.bench.world = World()  # from here on this process works alone
+        contest.bench.alone()
         metric = _user_metric(options.metric)
         found = Comparison(contest, budget=options.budget, user_metric=metric)
         found.warnings += fresh_warnings(snapshots)

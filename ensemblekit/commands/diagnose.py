@@ -194,7 +194,7 @@ class _Examination:
         before = bench.options
         if policy == "recomputed" and before.train_data is None:
             instead = before.val_data if view.split == "val" else before.test_data
-            bench.options = replace(before, train_data=instead)
+            bench.builder.options = replace(before, train_data=instead)
         try:
             members = [Member(row, policy) for row in rows]
             found = []
@@ -205,7 +205,7 @@ class _Examination:
                 (scores,) = score(part, [Mix((0,))])
                 found.append(metrics.figure(self.contest.measure.name, scores))
         finally:
-            bench.options = before
+            bench.builder.options = before
         return found
 
     def _good_without(self, left_out: Sequence[int]) -> bool:

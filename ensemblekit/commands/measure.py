@@ -55,8 +55,8 @@ def measure(
             bench.predict(list(members.values()))
             found.evaluation += _evaluated(bench, members) if here.rank == 0 else ()
         if plan.recompute:
-            bench.models([recomputed])
-            statistics = bench.statistics(recomputed)
+            bench.builder.models([recomputed])
+            statistics = bench.builder.statistics(recomputed)
             assert statistics is not None
             found.warnings += statistics.notes
             if bn != "auto" or not sound or not _worse_on_val(found, averaged.batch_norm):

@@ -83,6 +83,8 @@ BELOW = [
     "cache",
     "rivals",
     "predict",
+    "predictions",
+    "members",
     "workbench",
     "combiners",
     "choosing",

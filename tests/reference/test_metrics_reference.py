@@ -16,10 +16,10 @@ from sklearn import metrics as sk
 
 from ensemblekit import metrics
 from ensemblekit.evaluation import calibrated_nll, figures, with_auroc
+from ensemblekit.predictions import Predictions
 from ensemblekit.rivals import find_rivals
 from ensemblekit.scoring import Mix, Scores, combined_log_probs, score
 from ensemblekit.tasks import Form
-from ensemblekit.workbench import Predictions
 
 torch.set_num_threads(1)
 
