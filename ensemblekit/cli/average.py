@@ -51,17 +51,8 @@ _SELECTION = ("weights", "exclude", "last", "every", "from_step", "to_step", "be
     help="BatchNorm statistics: recompute when there are data, insist, keep the "
     "averaged ones, or refuse those.",
 )
-@options.option(
-    "--bn-samples",
-    type=int,
-    default=50_000,
-    show_default=True,
-    metavar="N",
-    help="At most N training samples for BatchNorm.",
-)
-@options.option("--force", is_flag=True, help="Replace an existing output.")
-@options.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
-@options.option("--strict", is_flag=True, help="Treat a warning as a failure (exit 5).")
+@options.BN_SAMPLES
+@options.WRITING
 @options.JSON
 @click.pass_obj
 def command(

@@ -50,14 +50,7 @@ _BUDGET = ("max_latency_ms", "latency_batch", "max_members", "max_bytes", "margi
     metavar="NAME|TARGET",
     help="What choices and gains go by (accuracy, nll, ...), or FILE.py:FUNCTION to report beside.",
 )
-@options.option(
-    "--bn-samples",
-    type=int,
-    default=50_000,
-    show_default=True,
-    metavar="N",
-    help="At most N training samples for BatchNorm.",
-)
+@options.BN_SAMPLES
 @options.option("--max-latency-ms", type=float, metavar="MS", help="Budget at p95.")
 @options.option(
     "--latency-batch",
@@ -95,9 +88,7 @@ _BUDGET = ("max_latency_ms", "latency_batch", "max_members", "max_bytes", "margi
     metavar="GB",
     help="How large that may grow; 0 keeps nothing.",
 )
-@options.option("--force", is_flag=True, help="Replace an existing folder.")
-@options.option("--dry-run", is_flag=True, help="Say what would be run, and do nothing.")
-@options.option("--strict", is_flag=True, help="Treat a warning as a failure (exit 5).")
+@options.WRITING
 @options.JSON
 @click.pass_obj
 def command(

@@ -147,6 +147,21 @@ TASK: Callable[[Any], Any] = _stack(
     ),
 )
 
+BN_SAMPLES: Callable[[Any], Any] = option(
+    "--bn-samples",
+    type=int,
+    default=50_000,
+    show_default=True,
+    metavar="N",
+    help="At most N training samples for BatchNorm.",
+)
+
+WRITING: Callable[[Any], Any] = _stack(
+    option("--force", is_flag=True, help="Replace an existing output."),
+    option("--dry-run", is_flag=True, help="Say what would be done, and do nothing."),
+    option("--strict", is_flag=True, help="Treat a warning as a failure (exit 5)."),
+)
+
 JSON: Callable[[Any], Any] = option(
     "--json", "as_json", is_flag=True, help="Print one JSON object."
 )

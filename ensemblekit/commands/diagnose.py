@@ -122,24 +122,18 @@ class _Examination:
                 "give training data: --train-data FILE.py:NAME (or --bn recompute)",
                 tuple(path),
             )
-        if (fast := self._fast()) and self._good_without(fast):
-            left = " ".join(f"--exclude '{names[k]}'" for k in fast)
-            return Diagnosis(
-                "maximum-LR member",
-                f"{', '.join(names[k] for k in fast)} were saved at a high learning rate; the mean "
-                "of the others is as good as its members",
-                left,
-                tuple(path),
-            )
-        if (weak := self._weak()) and self._good_without(weak):
-            left = " ".join(f"--exclude '{names[k]}'" for k in weak)
-            return Diagnosis(
-                "weak members",
-                f"{', '.join(names[k] for k in weak)} are far worse than the others; the mean "
-                "without them is as good as its members",
-                left,
-                tuple(path),
-            )
+        for verdict, left, what in (
+            ("maximum-LR member", self._fast(), "saved at a high learning rate"),
+            ("weak members", self._weak(), "far worse than the others"),
+        ):
+            if left and self._good_without(left):
+                return Diagnosis(
+                    verdict,
+                    f"{', '.join(names[k] for k in left)}: {what}; the mean without is as good as "
+                    "its members",
+                    " ".join(f"--exclude '{names[k]}'" for k in left),
+                    tuple(path),
+                )
         if self._permuted():
             return Diagnosis(
                 "permuted",
