@@ -4,6 +4,7 @@ Input: a contest whose predictions are there. It scores every candidate on the c
 reporting data, measures latency, and lets `decision` decide.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -22,6 +23,10 @@ from ensemblekit.scoring import Mix, Scores, combined_log_probs
 from ensemblekit.targets import user_code
 
 SCHEMA_VERSION = 1
+_OWN_KEYS = (  # of an evaluation, besides figures
+    *("split", "samples", "cross_fitted", "accuracy_ci", "ece", "ece_adaptive", "auroc"),
+    *("nll_calibrated", "temperature", "disagreement", "mutual_information"),
+)
 _CALIBRATE_UP_TO = 4_000_000  # outputs beyond which only headline candidates are calibrated
 
 
@@ -52,6 +57,7 @@ class Comparison:
         self.chosen: dict[str, Scores] = {}
         self.reported: dict[str, Scores] = {}
         self.folded: set[str] = set()
+        self._check_user_metric()
         self._score()
         self.baseline = self._best_single()
 
@@ -211,24 +217,39 @@ class Comparison:
                 )
             found |= {"nll_calibrated": nll, "temperature": temperature}
         if self.user_metric is not None:
-            name = getattr(self.user_metric, "__name__", "metric")
-            found[name] = None if folded else self._user_metric(mix, predictions)
+            own = None if folded else self._user_metric(mix, predictions)
+            found[self._user_metric_name] = own
         return found
 
-    def _user_metric(self, mix: Mix, predictions: Predictions) -> float:
-        """The user's figure of probabilities (of values in a regression) and targets."""
-        assert self.user_metric is not None
+    @property
+    def _user_metric_name(self) -> str:
+        return getattr(self.user_metric, "__name__", "metric")
+
+    def _check_user_metric(self) -> None:
+        if self.user_metric is None:
+            return
         if self.task in ("segmentation", "tokens"):
             raise UsageError(
                 f"--metric: a function of whole outputs is not possible for {self.task}"
             )
+        taken = {*metrics.FIGURES, *_OWN_KEYS}
+        if self._user_metric_name in taken:
+            raise UsageError(
+                f"--metric: '{self._user_metric_name}' is the name of a figure of ours",
+                hint="rename the function",
+            )
+
+    def _user_metric(self, mix: Mix, predictions: Predictions) -> float | None:
+        """The user's figure of probabilities (of values in a regression) and targets."""
+        assert self.user_metric is not None
         outputs_RC = combined_log_probs(predictions, mix)
         if self.task == "classification":
             outputs_RC = outputs_RC.exp()
         elif self.task == "multilabel":
             outputs_RC = torch.sigmoid(outputs_RC)
         with user_code("the metric"):
-            return float(self.user_metric(outputs_RC.numpy(), predictions.targets))
+            found = float(self.user_metric(outputs_RC.numpy(), predictions.targets))
+        return found if math.isfinite(found) else None
 
     def _cost(self, candidate: Candidate, times: "_Times") -> dict[str, Any]:
         members, first = len(candidate.rows), self.snapshots.first
@@ -341,7 +362,12 @@ class Comparison:
         return {
             "ship": made.ship,
             "headline": deciding.headline(
-                row, rows[self.baseline], ensemble, metric=self.measure.name, unit=unit
+                row,
+                rows[self.baseline],
+                ensemble,
+                metric=self.measure.name,
+                unit=unit,
+                settled=made.enough_data,
             ),
             "because": because,
             "best": made.best,

@@ -6,7 +6,6 @@ was predicted. Choices look at choosing data alone.
 Legend of shapes: N items, M members.
 """
 
-import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +18,7 @@ from ensemblekit.averaging.greedy_soup import greedy_soup
 from ensemblekit.averaging.learned_soup import learned_soup
 from ensemblekit.candidates import BatchNorm, Candidate, Member, Row, mean_row
 from ensemblekit.combiners import COMBINERS
-from ensemblekit.errors import UsageError, one_of
+from ensemblekit.errors import InputError, UsageError, one_of
 from ensemblekit.evaluation import Measure
 from ensemblekit.families import Wanted
 from ensemblekit.predictions import Predictions
@@ -54,6 +53,9 @@ class View:
         order = np.random.default_rng(self.seed).permutation(samples)
         mask_N: npt.NDArray[np.bool_] = np.isin(np.arange(samples), order[self.half :: 2])
         return mask_N
+
+
+FEWEST = 10  # items of a labelled set that can be halved
 
 
 def views(splits: Sequence[str], seed: int) -> tuple[View, View]:
@@ -117,8 +119,7 @@ class Contest:
         if count > 2:
             drawn = families.swag(count, self.mixed_bn, seed=self.seed)
             found += [drawn] if keeps("swag", drawn.name) else []
-        found += [families.mixed(name, row, self.mixed_bn) for name, row in added]
-        return found
+        return [*found, *(Candidate(name, (row,), (self.mixed_bn,)) for name, row in added)]
 
     def check_names(self, fixed: Sequence[Candidate], added: Sequence[tuple[str, Row]]) -> None:
         """Refuse names that are taken, and patterns that no candidate has.
@@ -130,13 +131,13 @@ class Contest:
         end = families.RECOMPUTED if self.mixed_bn == "recomputed" else ""
         rest = [f"{soup}-soup{end}" for soup in ("greedy", "learned")] if count > 1 else []
         rest += families.ensemble_names(count, tuple(COMBINERS))
-        own = [name + end for name, _ in added]
+        own = [name for name, _ in added]
         taken = [c.name for c in fixed if c.name not in own] + rest
         for name in own:
             if name in taken or own.count(name) > 1:
                 raise UsageError(f"--add {name}: there is a candidate of this name already")
         for pattern in self.wanted.patterns:
-            if not any(fnmatch.fnmatchcase(name, pattern) for name in (*taken, *own)):
+            if not any(families.matches(name, pattern) for name in (*taken, *own)):
                 one_of(pattern, [*families.GROUPS, *taken, *own], what="candidate")
 
     def steps(self) -> tuple[bool, bool]:
@@ -155,6 +156,13 @@ class Contest:
         self.candidates = list(fixed)
         pool = tuple(dict.fromkeys(m for c in fixed for m in c.members))
         self.bench.predict(pool)
+        seen = self.bench.splits[self.choosing.split].seen
+        if self.choosing.half is not None and seen is not None and seen.samples < FEWEST:
+            raise InputError(
+                f"the {self.choosing.split} data have {seen.samples} items: too few to choose on one "
+                "half and report on the other",
+                hint=f"give --val-data and --test-data, or at least {FEWEST} items",
+            )
         self._pools = [pool]
         greedy, learned = self.steps()
         objective = _Objective(self)
@@ -244,7 +252,10 @@ class Contest:
         fitted = {fit.name: fit.make(singles) for fit in fits}
         made += [candidate for candidate in fitted.values() if candidate is not None]
         fits = [fit for fit in fits if fitted[fit.name] is not None]
-        return made, fitting.cross_fitted(fits, singles, seed=self.seed)
+        folded = fitting.cross_fitted(fits, singles, seed=self.seed)
+        # without honest figures on choosing data a fit has no place in a contest
+        unfolded = {fit.name for fit in fits} - set(folded)
+        return [candidate for candidate in made if candidate.name not in unfolded], folded
 
     def singles(self, view: View) -> Predictions:
         """What the snapshots as they are said, in canonical order."""

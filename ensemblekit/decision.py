@@ -190,31 +190,33 @@ def headline(
     *,
     metric: str,
     unit: str,
+    settled: bool = True,
 ) -> str:
     """One sentence for a manager: what the shipped candidate gains, and at what cost."""
-    gain = shipped["gain"]
+    gain, name = shipped["gain"], shipped["name"]
+    start = f"Ship {name}" if settled else f"Not enough data to settle it; until then ship {name}"
     if gain is None:
-        return f"Ship {shipped['name']}: the best single snapshot; nothing that costs more is worth it."
-    parts = [f"Ship {shipped['name']}"]
-    if ensemble is not None and shipped["members"] < ensemble["members"] and ensemble["gain"]:
+        return f"{start}, the best single snapshot: nothing that was compared is worth more."
+    low, high = gain["ci"]
+    parts = []
+    real = ensemble is not None and ensemble["gain"] is not None and ensemble["gain"]["ci"][0] > 0
+    if ensemble is not None and real and shipped["members"] < ensemble["members"]:
         most, cost = ensemble["gain"]["value"], _share_of_cost(shipped, ensemble)
         if 0 < gain["value"] < most:
             share = gain["value"] / most
             parts.append(f"it gives {share:.0%} of the gain of {ensemble['name']} at {cost}")
         elif gain["value"] >= most:
             parts.append(f"it gains no less than {ensemble['name']} at {cost}")
-    low, high = gain["ci"]
     sentence = (
         f"its gain over {baseline['name']} (the best single snapshot) is "
         f"{points(gain['value'], unit)} {metric} (95% interval {points(low, unit)} to "
         f"{points(high, unit)})"
     )
     if high < 0:
-        sentence += ": it is a loss there"
+        sentence += ": on this data it is a loss"
     elif low <= 0:
         sentence += ", so it is not sure to be a gain"
-    parts.append(sentence)
-    return ": ".join([parts[0], "; ".join(parts[1:])]) + "."
+    return f"{start}: {'; '.join([*parts, sentence])}."
 
 
 def _share_of_cost(shipped: dict[str, Any], ensemble: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from ensemblekit.combiners import best_temperature
 from ensemblekit.scoring import Scores
 
 RESAMPLES = 2000
+_MANY = 100  # items beyond which the bootstrap is left as it is
 _Z_TWO_SIDED = 1.959963984540054  # of a 95% interval
 _Z_ONE_SIDED = 1.6448536269514722  # of a 95% bound
 
@@ -113,7 +114,11 @@ def gains(
         found = [_paired_accuracy(one, baseline) for one in scores]
     else:
         found = _bootstrapped(measure, scores, baseline, seed=seed)
-    adjusted = statistics.holm([None if gain is None else gain["p_value"] for gain in found])
+    tested = [
+        None if gain is None or one is baseline else gain["p_value"]
+        for gain, one in zip(found, scores, strict=True)
+    ]
+    adjusted = statistics.holm(tested)
     for gain, p in zip(found, adjusted, strict=True):
         if gain is not None:
             gain["p_adjusted"] = p
@@ -152,11 +157,30 @@ def _bootstrapped(
             found.append(None)
             continue
         value, values_B = drawn
-        interval = statistics.percentiles(values_B)
+        interval = _widened(statistics.percentiles(values_B), value, len(baseline["rows"]))
+        if interval is None:
+            found.append(None)
+            continue
         error = (interval.high - interval.low) / (2 * _Z_TWO_SIDED)
         p_value = math.erfc(abs(value) / error / math.sqrt(2)) if error > 0 else 1.0
         found.append({"value": value, "ci": [interval.low, interval.high], "p_value": p_value})
     return found
+
+
+def _widened(interval: statistics.Interval, value: float, items: int) -> statistics.Interval | None:
+    """A bootstrap interval of few items is too narrow: by Student's t, and by the divisor N.
+
+    None for fewer than two items, which tell nothing of their spread.
+    """
+    if items < 2 or not (math.isfinite(interval.low) and math.isfinite(interval.high)):
+        return None
+    if items >= _MANY:
+        return interval
+    from scipy.special import stdtrit
+
+    factor = float(stdtrit(items - 1, 0.975)) / _Z_TWO_SIDED * math.sqrt(items / (items - 1))
+    low, high = (value + factor * (end - value) for end in (interval.low, interval.high))
+    return statistics.Interval(low, high)
 
 
 def _resampled_gains(
@@ -222,7 +246,10 @@ def losses(
             found.append(None)
             continue
         value, values_B = drawn
-        interval = statistics.percentiles(-values_B, level=0.9)
+        interval = _widened(statistics.percentiles(-values_B, level=0.9), -value, len(best["rows"]))
+        if interval is None:
+            found.append(None)
+            continue
         error = (interval.high - interval.low) / (2 * _Z_ONE_SIDED)
         found.append(Loss(-value, interval.low, interval.high, error**2 * len(best["rows"])))
     return found

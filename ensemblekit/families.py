@@ -43,8 +43,14 @@ class Wanted:
 
     def keeps(self, group: str, name: str) -> bool:
         """Whether a candidate is compared."""
-        named = any(fnmatch.fnmatchcase(name, pattern) for pattern in self.patterns)
+        named = any(matches(name, pattern) for pattern in self.patterns)
         return group in self.groups or named
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a glob means a candidate, with or without the mark of recomputed statistics."""
+    plain = name.removesuffix(RECOMPUTED)
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(plain, pattern)
 
 
 def wanted(text: str | None) -> Wanted:

@@ -8,6 +8,8 @@ import copy
 import hashlib
 import json
 import os
+import random
+import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -108,8 +110,9 @@ class Builder:
         self.skeleton = self.skeleton.to(self.device)
         self.mapping = build.key_map(self.skeleton, list(snapshots.first.tensors))
         self.identity = _identity(options)
+        self.training = Data(options.train_data, "train")
         self._statistics: dict[Member, Statistics] = {}
-        self._training: tuple[Any, str] | None = None  # the data, and their digest
+        self._training: tuple[Data, str] | None = None  # the data, and their digest
 
     @cached_property
     def digests(self) -> list[str]:
@@ -156,7 +159,7 @@ class Builder:
             limit = min(options.bn_samples, options.limit or options.bn_samples)
             part = (self.world.rank, self.world.size)
             plan = Plan(options.batch_size, options.seed, limit, options.workers, part=part)
-            data = Data(options.train_data, "train").ready()
+            data = self.training.ready()
             total = count(data, plan)
 
             def report(done: int) -> None:
@@ -164,7 +167,7 @@ class Builder:
                     self.progress(f"recomputing BatchNorm of {len(new)} members", done, total)
 
             self.passes.batch_norm += len(new)
-            with self.precision() as autocast:
+            with self.precision() as autocast, seeded(options.seed):
                 outcomes = recompute_all(
                     [built[m] for m in new],
                     batches(data, plan),
@@ -255,9 +258,18 @@ class Builder:
         own = self.mapping[f"{prefix}running_mean"]
         return own.removesuffix("running_mean").removesuffix(".")
 
+    @contextmanager
+    def recomputing_on(self, data: "Data") -> Iterator[None]:
+        """Other data in the place of the training data, while the context lasts."""
+        before, self.training = self.training, data
+        try:
+            yield
+        finally:
+            self.training = before
+
     def known(self, member: Member) -> bool:
         """Whether a later run can tell what this member was made of: objects have no name."""
-        named = member.batch_norm != "recomputed" or isinstance(self.options.train_data, str)
+        named = member.batch_norm != "recomputed" or isinstance(self.training.given, str)
         return named and self.identity is not None
 
     def facts(self, member: Member) -> list[Any]:
@@ -274,27 +286,32 @@ class Builder:
 
     def _training_facts(self) -> list[Any]:
         options = self.options
-        if self._training is None or self._training[0] is not options.train_data:
-            self._training = (options.train_data, self._training_digest())
+        if self._training is None or self._training[0] is not self.training:
+            self._training = (self.training, self._training_digest())
         digest = self._training[1]
         plan = (options.batch_size, options.seed, options.bn_samples, options.limit)
         return [digest, *plan, self.frozen]
 
     def _training_digest(self) -> str:
-        """What recomputed statistics come from: code, and the data as far as they stay the same.
+        """What recomputed statistics come from: the code, and all batches.
 
-        Data whose first batch is the same when it is read twice count as a whole; of randomly
-        augmented data only the code and the number of samples can be known again.
+        Data that differ when they are read twice with the same seed are never known again.
         """
-        given, options = self.options.train_data, self.options
+        given, options = self.training.given, self.options
         facts = [fingerprint(given) if isinstance(given, str) else str(id(given))]
         limit = min(options.bn_samples, options.limit or options.bn_samples)
-        data = Data(given, "train")
+        data = self.training
         plan = Plan(options.batch_size, options.seed, limit, options.workers)
         facts.append(str(count(data.ready(), plan)))
-        codes = {digest(next(batches(data.ready(), plan))) for _ in range(2)}
+        codes = set()
+        for _ in range(2):
+            with seeded(options.seed):
+                codes.add(digest(next(batches(data.ready(), plan))))
         if len(codes) == 1:
-            facts += [digest(batch).hex() for batch in batches(data.ready(), plan)]
+            with seeded(options.seed):
+                facts += [digest(batch).hex() for batch in batches(data.ready(), plan)]
+        else:
+            facts.append(secrets.token_hex())
         return hashlib.sha256("\n".join(facts).encode()).hexdigest()
 
     @contextmanager
@@ -335,6 +352,21 @@ class Data:
         if self.loaded is None or isinstance(self.loaded, Iterator):
             self.loaded = load_data(self.given, self.split)
         return self.loaded
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random augmentation that comes out the same each time; the generators are put back."""
+    python, numpy_ = random.getstate(), np.random.get_state()  # noqa: NPY002  # the user's code uses it
+    with torch.random.fork_rng():
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy_)  # noqa: NPY002
 
 
 def _identity(options: ModelOptions) -> str | None:

@@ -159,6 +159,11 @@ def _guess(logits: torch.Tensor, labels: torch.Tensor) -> str:
     columns = logits if logits.ndim == 2 else logits[:, None]
     if logits.ndim in (1, 2) and labels.numel() == columns.numel():
         binary = bool(((labels == 0) | (labels == 1)).all())
+        if binary and columns.shape[1] > 2 and bool((labels.sum(1) == 1).all()) and len(labels) > 1:
+            raise InputError(
+                "every row of the labels has exactly one 1: they look like one-hot classes",
+                hint="return class indices, labels.argmax(1); or --task multilabel if they are labels",
+            )
         return "multilabel" if binary else "regression"
     raise InputError(
         f"outputs of shape {tuple(logits.shape)} and labels of shape {tuple(labels.shape)} "

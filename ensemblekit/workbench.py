@@ -371,7 +371,14 @@ class Workbench:
         loaded = data.ready()
         with _about(data.split):
             first = check_repeatable(loaded, data.ready, plan, what=data.split)
-        return _Split(data, plan, first, expected=count(data.ready(), plan))
+        expected = count(data.ready(), plan)
+        if len(set(self.world.gather((digest(first), expected)))) > 1:
+            raise InputError(
+                f"the {data.split} data are not the same in all processes: each would predict "
+                "samples of its own order",
+                hint="seed the data target: no shuffling, no random split",
+            )
+        return _Split(data, plan, first, expected=expected)
 
     def _probe(self) -> Form:
         """What the outputs are, from the first snapshot and the first batch."""

@@ -295,7 +295,7 @@ def shown(name: str, members: int, gain: tuple[float, float, float] | None) -> d
 def test_the_headline_of_the_baseline_itself() -> None:
     one = shown("snap", 1, None)
     text = headline(one, one, None, metric="accuracy", unit="pp")
-    assert text.startswith("Ship snap: the best single snapshot")
+    assert text.startswith("Ship snap, the best single snapshot")
 
 
 def test_the_headline_of_a_part_of_the_gain() -> None:

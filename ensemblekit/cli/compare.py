@@ -114,41 +114,49 @@ def command(
     All are measured on the same data. Choices are made on --val-data, the figures are those of
     --test-data; one labelled set is cut in two. Ends with what to ship, and why.
     """
-    from ensemblekit.commands.compare import CompareOptions, compare
+    from ensemblekit.commands.compare import ComparedButFailedError, CompareOptions, compare
     from ensemblekit.decision import Budget
     from ensemblekit.options import ModelOptions
     from ensemblekit.selection import Selection
 
     selecting = {name: rest.pop(name) for name in _SELECTION}
     budget = Budget(**{name: rest.pop(name) for name in _BUDGET})
-    with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is not our data
-        result = compare(
-            checkpoints,
-            output,
-            model=ModelOptions(model_args=options.pairs(model_arg) if model_arg else {}, **rest),
-            options=CompareOptions(
-                candidates=candidates,
-                added=tuple(_added(text) for text in added),
-                metric=metric,
-                budget=budget,
-                require_gain=require_gain,
-                cache_dir=None if cache_dir is None else Path(cache_dir),
-                cache_bytes=round(cache_size * 1e9) if math.isfinite(cache_size) else -1,
-            ),
-            selection=Selection(**selecting),
-            force=force,
-            dry_run=dry_run,
-            strict=strict,
-            command=["ensemblekit", *sys.argv[1:]],
-            progress=show.progress(quiet=obj["quiet"] or as_json),
-            announce=None if obj["quiet"] else show.note,
-        )
+    failed = None
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is not our data
+            result = compare(
+                checkpoints,
+                output,
+                model=ModelOptions(
+                    model_args=options.pairs(model_arg) if model_arg else {}, **rest
+                ),
+                options=CompareOptions(
+                    candidates=candidates,
+                    added=tuple(_added(text) for text in added),
+                    metric=metric,
+                    budget=budget,
+                    require_gain=require_gain,
+                    cache_dir=None if cache_dir is None else Path(cache_dir),
+                    cache_bytes=round(cache_size * 1e9) if math.isfinite(cache_size) else -1,
+                ),
+                selection=Selection(**selecting),
+                force=force,
+                dry_run=dry_run,
+                strict=strict,
+                command=["ensemblekit", *sys.argv[1:]],
+                progress=show.progress(quiet=obj["quiet"] or as_json),
+                announce=None if obj["quiet"] else show.note,
+            )
+    except ComparedButFailedError as error:  # the figures are shown all the same
+        result, failed = error.result, error
     if result is None:  # another process of a torchrun
         return 0
-    if as_json:
+    if as_json and failed is None:
         click.echo(json.dumps(result.comparison))
-    elif not dry_run:
+    elif not as_json and not dry_run:
         _print(result, quiet=obj["quiet"], verbose=obj["verbose"])
+    if failed is not None:
+        raise failed
     return 0
 
 

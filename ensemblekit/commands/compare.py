@@ -4,6 +4,7 @@ Input: paths, a model and data. The order of work: models run (on every process)
 are scored, latency is measured, the decision made, and the folder of reports appears as a whole.
 """
 
+import math
 import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +31,7 @@ from ensemblekit.contest import LEARNED_STEPS, Contest, views
 from ensemblekit.decision import Budget
 from ensemblekit.discovery import discover
 from ensemblekit.distributed import World, rank, world
-from ensemblekit.errors import CheckFailedError, UsageError, one_of
+from ensemblekit.errors import CheckFailedError, EnsembleKitError, UsageError, one_of
 from ensemblekit.evaluation import Measure
 from ensemblekit.families import Wanted
 from ensemblekit.options import ModelOptions, Progress
@@ -80,7 +81,6 @@ class CompareResult:
         comparison: The object of comparison.json.
         output: The folder of reports.
         up_to_date: It was there already.
-        statistics: Recomputed BatchNorm statistics by `bn/INDEX/KEY`.
     """
 
     comparison: dict[str, Any]
@@ -147,8 +147,9 @@ def compare(
         if earlier is not None and earlier.get("request") == request and is_whole(folder):
             if rank() != 0:
                 return None
-            _check_required(earlier, options, strict=strict)
-            return CompareResult(earlier, folder, up_to_date=True)
+            result = CompareResult(earlier, folder, up_to_date=True)
+            _check_required(result, options, strict=strict)
+            return result
         inputs = [source.path for s in snapshots.snapshots for source in s.sources]
         check_folder(folder, inputs=inputs, force=force)
     root = options.cache_dir or default_root()
@@ -174,12 +175,14 @@ def compare(
         found.warnings += fresh_warnings(snapshots)
         comparison = found.to_json()
         _explain(comparison, found)
-        comparison["decision"]["next"] = _next(comparison, checkpoints=paths, folder=folder)
+        comparison["decision"]["next"] = _next(comparison, selection, folder)
         comparison |= {"command": list(command), "request": request}
+        comparison = finite(comparison)
         if folder is not None:
             save_folder(folder, comparison, found.statistics(), force=force)
-    _check_required(comparison, options, strict=strict)
-    return CompareResult(comparison, folder)
+    result = CompareResult(comparison, folder)
+    _check_required(result, options, strict=strict)
+    return result
 
 
 def _added(
@@ -230,7 +233,8 @@ def _plan_text(contest: Contest, fixed: Sequence[Candidate]) -> str:
     members = {m for c in fixed for m in c.members}
     splits = len(contest.bench.splits)
     recomputed = sum(m.batch_norm == "recomputed" for m in members)
-    text = f"{len(members)} models x {splits} data sets = {len(members) * splits} forward passes"
+    assert contest.bench.form is not None
+    text = f"{contest.bench.form.task}, chosen by {contest.measure.name}: {len(members)} models x {splits} data sets = {len(members) * splits} forward passes"
     if recomputed:
         text += f", {recomputed} BatchNorm passes"
     greedy, learned = contest.steps()
@@ -246,26 +250,33 @@ def _plan_text(contest: Contest, fixed: Sequence[Candidate]) -> str:
     return f"{text} (what the cache holds is not run again)"
 
 
-def _check_required(
-    comparison: Mapping[str, Any], options: CompareOptions, *, strict: bool
-) -> None:
+class ComparedButFailedError(CheckFailedError):
+    """A check said no; `result` holds what was found all the same."""
+
+    def __init__(self, message: str, *, result: CompareResult, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.result = result
+
+
+def _check_required(result: CompareResult, options: CompareOptions, *, strict: bool) -> None:
+    comparison = result.comparison
     decision = comparison["decision"]
+    text = hint = None
     if decision["ship"] is None:
-        raise CheckFailedError(
-            f"nothing fits the budget: {decision['because'][0]}", hint="raise the limit"
-        )
-    if options.require_gain and not decision["real"]:
+        text, hint = f"nothing fits the budget: {decision['because'][0]}", "raise the limit"
+    elif options.require_gain and not decision["real"]:
         gain = decision["gain"]
-        told = "it is the best single snapshot itself"
+        text = f"--require-gain: {comparison['baseline']}, the best single snapshot, is what ships"
         if gain is not None:
             low, high = (deciding.points(v, comparison["metric"]["unit"]) for v in gain["ci"])
-            told = f"its 95% interval is {low} to {high}"
-        raise CheckFailedError(
-            f"--require-gain: {decision['ship']} has no sure gain over "
-            f"{comparison['baseline']}: {told}"
-        )
-    if strict and comparison["warnings"]:
-        raise CheckFailedError(f"--strict: {comparison['warnings'][0]}")
+            text = (
+                f"--require-gain: {decision['ship']} has no sure gain over {comparison['baseline']}: "
+                f"its 95% interval is {low} to {high}"
+            )
+    elif strict and comparison["warnings"]:
+        text = f"--strict: {comparison['warnings'][0]}"
+    if text is not None:
+        raise ComparedButFailedError(text, result=result, hint=hint)
 
 
 def _user_metric(given: Any) -> Callable[..., Any] | None:
@@ -276,28 +287,50 @@ def _user_metric(given: Any) -> Callable[..., Any] | None:
 
 
 def _explain(comparison: dict[str, Any], found: Comparison) -> None:
-    """Add why averaging failed, where it did."""
+    """Add why averaging failed, where it did; a reason that cannot be found ends nothing."""
     cosines = [snapshot["cosine"] for snapshot in comparison["snapshots"]]
-    diagnosis = diagnose(found.contest, found.chosen, cosines)
-    comparison["passes"] = asdict(found.contest.bench.passes)  # it may have needed some
-    if diagnosis is not None:
-        comparison["diagnosis"] = asdict(diagnosis)
-        text = f"{diagnosis.verdict}: {diagnosis.because}. Next: {diagnosis.next}"
-        comparison["warnings"].insert(0, text)
+    try:
+        diagnosis = diagnose(found.contest, found.chosen, cosines)
+    except EnsembleKitError as error:
+        comparison["warnings"].append(f"averaging failed, and why could not be told: {error}")
+        return
+    finally:
+        comparison["passes"] = asdict(found.contest.bench.passes)  # it may have needed some
+    if diagnosis is None:
+        return
+    comparison["diagnosis"] = asdict(diagnosis)
+    text = f"{diagnosis.verdict}: {diagnosis.because}. Next: {diagnosis.next}"
+    comparison["warnings"].insert(0, text)
+    if diagnosis.verdict == "mismatched model":
+        decision = comparison["decision"]
+        decision["headline"] = f"Check the model and the data first: {diagnosis.because}."
+        decision["enough_data"] = False
 
 
 def _next(
-    comparison: Mapping[str, Any],
-    *,
-    checkpoints: Sequence[str | os.PathLike[str]],
-    folder: Path | None,
+    comparison: Mapping[str, Any], selection: Selection | None, folder: Path | None
 ) -> str | None:
     """The command that makes the file to ship; None where the members are files already."""
     ship = comparison["decision"]["ship"]
     row = next((row for row in comparison["candidates"] if row["name"] == ship), None)
     if row is None or folder is None or row["kind"] == "ensemble":
         return None
-    output = f"{ship.removesuffix('.pt').replace('/', '_')}.safetensors"
-    words = ["ensemblekit", "average", *map(str, checkpoints), "--candidate", ship]
-    words += ["--from", str(folder / JSON_NAME), "-o", output]
+    name = ship.replace("/", "_")
+    for ending in (".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".tar"):
+        name = name.removesuffix(ending)
+    words = ["ensemblekit", "average", *row["snapshots"], "--candidate", ship]
+    words += ["--from", str(folder / JSON_NAME), "-o", f"{name}.safetensors"]
+    if selection is not None and selection.weights != "auto":
+        words += ["--weights", selection.weights]
     return shlex.join(words)
+
+
+def finite(value: Any) -> Any:
+    """The same with None for numbers that JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return value

@@ -5,10 +5,12 @@ mean to another tells most of it: with statistics that were interpolated, and wi
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from ensemblekit import build, evaluation, metrics
 from ensemblekit.candidates import BatchNorm, Member, Row, mean_row
@@ -20,6 +22,7 @@ from ensemblekit.state import materialize
 POSITIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _SAME = 0.9  # cosine of channels that are the same but for their order
 _OTHER = 0.6
+_LAYERS, _WIDEST = 20, 2048  # layers that are looked at, and channels of one
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Diagnosis:
         verdict: mismatched model, stale BatchNorm, maximum-LR member, permuted, different basins
             or weak members.
         because: A sentence.
-        next: What to type, without the name of the command's first argument.
+        next: What to do: flags to add to the same command, or words.
         path: Points of the path through the mean.
     """
 
@@ -70,17 +73,22 @@ def _mismatched(contest: Contest, chosen: Mapping[str, Scores]) -> Diagnosis | N
     predictions = contest.predictions(contest.choosing)
     if predictions.form.task != "classification":
         return None
-    shares = np.bincount(predictions.targets, minlength=predictions.form.classes)
-    chance = float(shares.max() / shares.sum())
-    found = [metrics.figure("accuracy", chosen[name]) or 0.0 for name in contest.names]
-    noise = 2 * np.sqrt(chance * (1 - chance) / predictions.samples)
-    if max(found) > chance + noise:
+    classes, samples = predictions.form.classes, predictions.samples
+    true_C = np.bincount(predictions.targets, minlength=classes) / samples
+    if (true_C > 0).sum() < 2:
+        return None
+    excess = []
+    for name in contest.names:
+        said_C = np.bincount(chosen[name]["decided"], minlength=classes) / samples
+        chance = float(true_C @ said_C)  # what the same answers would have on shuffled labels
+        noise = 3 * np.sqrt(max(chance * (1 - chance), 1e-12) / samples)
+        excess.append((metrics.figure("accuracy", chosen[name]) or 0.0) - chance - noise)
+    if max(excess) > 0:
         return None
     return Diagnosis(
         "mismatched model",
-        f"no snapshot is better than always naming the most frequent class ({chance:.3f}; the best "
-        f"has {max(found):.3f}): the model, its arguments, the preprocessing or the labels are not "
-        "those of the training",
+        "no snapshot is better than the same answers given at random: the model, its arguments, the "
+        "preprocessing or the labels are not those of the training",
         "check --model, --model-arg and the data target against the training script",
     )
 
@@ -185,21 +193,17 @@ class _Examination:
         choosing data: good enough to tell why, not to ship.
         """
         bench, view = self.contest.bench, self.contest.choosing
-        before = bench.options
-        if policy == "recomputed" and before.train_data is None:
-            instead = before.val_data if view.split == "val" else before.test_data
-            bench.builder.options = replace(before, train_data=instead)
-        try:
-            members = [Member(row, policy) for row in rows]
-            found = []
-            for member in members:
+        found = []
+        with ExitStack() as stack:
+            if policy == "recomputed" and bench.options.train_data is None:
+                data = bench.splits[view.split].data
+                stack.enter_context(bench.builder.recomputing_on(data))
+            for member in (Member(row, policy) for row in rows):
                 bench.predict([member], [view.split])
                 whole = bench.predictions([member], view.split)
                 part = whole.part(view.mask(whole.samples))
                 (scores,) = score(part, [Mix((0,))])
                 found.append(metrics.figure(self.contest.measure.name, scores))
-        finally:
-            bench.builder.options = before
         return found
 
     def _good_without(self, left_out: Sequence[int]) -> bool:
@@ -232,27 +236,30 @@ class _Examination:
         return [k for k, value in enumerate(self.alone) if value < limit]
 
     def _permuted(self) -> bool:
-        """Whether the first layer of the one is that of the other in another order."""
-        from scipy.optimize import linear_sum_assignment
-
+        """Whether a layer of the one is that of the other in another order."""
         snapshots = self.contest.bench.snapshots
         pair = [snapshots.snapshots[k] for k in (self.first, self.second)]
-        key = next(
-            (
-                k
-                for k, spec in pair[0].tensors.items()
-                if len(spec.shape) >= 2 and spec.shape[0] > 3
-            ),
-            None,
-        )
-        if key is None:
-            return False
-        rows = []
-        for snapshot in pair:
-            (arrays,), _ = materialize(SnapshotSet((snapshot,)), [mean_row(1)])
-            flat = build.to_torch(arrays[key]).double().flatten(1).numpy()
-            rows.append(flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-300))
-        cosine = rows[0] @ rows[1].T
-        ours, theirs = linear_sum_assignment(-cosine)
-        matched = float(np.median(cosine[ours, theirs]))
-        return matched > _SAME and float(np.median(np.diag(cosine))) < _OTHER
+        keys = [
+            key
+            for key, spec in pair[0].tensors.items()
+            if len(spec.shape) >= 2 and min(spec.shape[:2]) > 3 and max(spec.shape[:2]) <= _WIDEST
+        ]
+        states = [materialize(SnapshotSet((s,)), [mean_row(1)])[0][0] for s in pair]
+        for key in keys[:_LAYERS]:
+            one, other = (build.to_torch(state[key]).double() for state in states)
+            if _in_another_order(one.flatten(1), other.flatten(1)):
+                return True
+            if _in_another_order(one.transpose(0, 1).flatten(1), other.transpose(0, 1).flatten(1)):
+                return True
+        return False
+
+
+def _in_another_order(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether the rows of the one are those of the other, but not at the same places."""
+    from scipy.optimize import linear_sum_assignment
+
+    rows = [m / m.norm(dim=1, keepdim=True).clamp(min=1e-300) for m in (one, other)]
+    cosine = (rows[0] @ rows[1].T).numpy()
+    ours, theirs = linear_sum_assignment(-cosine)
+    matched = float(np.median(cosine[ours, theirs]))
+    return matched > _SAME and float(np.median(np.diag(cosine))) < _OTHER

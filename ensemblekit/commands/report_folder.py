@@ -6,6 +6,7 @@ Input: the comparison, and recomputed BatchNorm statistics.
 import json
 import os
 import secrets
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +31,8 @@ def check_folder(folder: Path, *, inputs: list[Path], force: bool) -> None:
     """
     if not folder.parent.is_dir():
         raise UsageError(
-            f"output folder {folder.parent} does not exist", hint=f"mkdir -p {folder.parent}"
+            f"output folder {folder.parent} does not exist",
+            hint=f"mkdir -p {shlex.quote(str(folder.parent))}",
         )
     if not os.path.lexists(folder):
         return
