@@ -167,7 +167,7 @@ def test_added_averages(here: Path, call: Call) -> None:
     assert call(*FEW, "--add", "mine=1,0,3", "--add", "other=0, 1, 1")[0] == 0
     rows = {row["name"]: row for row in read()["candidates"]}
     assert rows["mine"]["coefficients"] == [0.25, 0.75]
-    assert rows["other+bn"]["coefficients"] == [0.5, 0.5]
+    assert rows["other"]["coefficients"] == [0.5, 0.5]
 
 
 # --------------------------------------------------------------------- passes and the cache

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from ensemblekit import ModelOptions, reports
+from ensemblekit import ModelOptions, evaluation, reports
 from ensemblekit.candidates import Candidate
 from ensemblekit.commands.compare import CompareOptions, compare
 from ensemblekit.commands.report_folder import read_statistics
@@ -706,7 +706,7 @@ def test_added_averages(tmp_path: Path) -> None:
     rows = by_name(found.comparison)
     assert rows["mine"]["coefficients"] == pytest.approx([0.25, 0.75])
     assert [Path(p).name for p in rows["mine"]["snapshots"]] == [NAMES[0], NAMES[3]]
-    assert rows["past+bn"]["coefficients"] == pytest.approx([-1, 2])
+    assert rows["past"]["coefficients"] == pytest.approx([-1, 2])
 
 
 @pytest.mark.parametrize(
@@ -1254,3 +1254,61 @@ def test_the_diagnosis_of_an_average_that_failed(tmp_path: Path, name: str) -> N
         assert 0 <= point["position"] <= 1
         assert {"row", "metric_averaged_bn", "metric_recomputed_bn"} <= set(point)
     assert any(diagnosis["because"] in text for text in found["warnings"])
+
+
+class Masked(nn.Module):
+    """Rules two classes out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = comparing.mlp()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self.body(x)
+        return made.index_fill(1, torch.tensor([3]), float("-inf"))
+
+
+def test_classes_that_a_model_rules_out(tmp_path: Path) -> None:
+    one = PROBLEMS["classes"]()
+    masked = comparing.trained(Problem(one.task, Masked, one.data), snapshots=1)
+    rest = comparing.trained(Problem(one.task, Masked, one.data), snapshots=3, seed=1)
+    both = Problem(one.task, Masked, one.data, (*masked.weights, *rest.weights))
+    found = compared(tmp_path / "c", both, tmp_path / "out").comparison
+    text = (tmp_path / "out" / "comparison.json").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    assert found["decision"]["ship"]
+    singles = [row for row in found["candidates"] if row["kind"] == "single"]
+    assert all(row["evaluation"]["nll"] is None for row in singles)  # it is infinite
+
+
+def test_one_item_cannot_be_halved(tmp_path: Path) -> None:
+    one = problem("regression")
+    x, y = one.data["val"]
+    data = {"train": one.data["train"], "val": (x[:1], y[:1])}
+    with pytest.raises(InputError, match="too few to choose on one half") as caught:
+        compared(tmp_path / "c", one, data=data, without=("test",))
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("items", [2, 5, 10])
+def test_few_items_claim_little(items: int) -> None:
+    """The interval of a gain covers the truth also when there are few items."""
+    generator = np.random.default_rng(items)
+    covered, runs = 0, 150
+    for _ in range(runs):
+        a, b = generator.normal(1.0, 1.0, (2, items)) ** 2
+        rows = np.ones(items)
+        scores = [{"squared": v, "rows": rows} for v in (a, b)]
+        (gain,) = evaluation.gains(evaluation.Measure("mse"), scores[:1], scores[1], seed=0)
+        assert gain is not None
+        covered += gain["ci"][0] <= 0 <= gain["ci"][1]
+    assert covered / runs > 0.88
+
+
+def test_one_hot_classes_are_not_taken_for_labels(tmp_path: Path) -> None:
+    one = problem("classes")
+    data = {split: (x, torch.nn.functional.one_hot(y, 4)) for split, (x, y) in one.data.items()}
+    with pytest.raises(InputError, match="one-hot") as caught:
+        compared(tmp_path / "c", one, data=data)
+    assert "argmax" in str(caught.value.hint)

@@ -173,3 +173,37 @@ def test_labels_of_something_else(tmp_path: Path) -> None:
     found = diagnosed(tmp_path, train(0), val=(x, shuffled))
     assert found is not None
     assert found["verdict"] == "mismatched model"
+
+
+def test_a_diagnosis_that_fails_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ensemblekit.commands import compare as module
+    from ensemblekit.errors import InputError
+
+    def fails(*_: Any) -> None:
+        raise InputError("no")
+
+    monkeypatch.setattr(module, "diagnose", fails)
+    folder = tmp_path / "ckpts"
+    folder.mkdir()
+    for k, state in enumerate(train(0)):
+        torch.save({"state_dict": state, "epoch": k}, folder / f"model_{k}.pt")
+    options = ModelOptions(model=net(), val_data=data("val"), test_data=data("test"), device="cpu")
+    found = compare(folder, model=options, options=CompareOptions(cache_bytes=0))
+    assert found is not None
+    assert found.comparison["decision"]["ship"]
+    assert any("could not be told" in text for text in found.comparison["warnings"])
+
+
+def test_statistics_of_the_diagnosis_are_of_the_choosing_data(tmp_path: Path) -> None:
+    """A target that has a training split is not asked for it."""
+    asked: list[str] = []
+
+    def spied(split: str) -> tuple[torch.Tensor, torch.Tensor]:
+        asked.append(split)
+        return data(split)
+
+    states = [train(seed, snapshots=1)[-1] for seed in range(3)]
+    assert diagnosed(tmp_path, states, with_train=False, val=spied("val")) is not None
+    assert set(asked) == {"val"}
