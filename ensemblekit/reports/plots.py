@@ -143,12 +143,15 @@ def _places(snapshots: Sequence[Json]) -> tuple[str, list[float]]:
 
 
 def _singles(view: View) -> dict[str, Json]:
-    """The candidate that is one snapshot alone, by the snapshot's path."""
+    """The candidate that is one snapshot alone, by the snapshot's path: as it was trained."""
     found: dict[str, Json] = {}
-    for candidate in view.candidates:
-        paths = candidate.get("snapshots") or []
-        if candidate.get("kind") == "single" and len(paths) == 1:
-            found.setdefault(str(paths[0]), candidate)
+    for recomputed in (False, True):
+        for candidate in view.candidates:
+            paths = candidate.get("snapshots") or []
+            policy = part(candidate, "batch_norm").get("policy")
+            alone = candidate.get("kind") == "single" and len(paths) == 1
+            if alone and (policy == "recomputed") == recomputed:
+                found.setdefault(str(paths[0]), candidate)
     return found
 
 

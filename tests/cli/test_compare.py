@@ -485,7 +485,9 @@ def test_an_interrupt_costs_little(here: Path) -> None:
     passed = seen(calls)
     first = passed[0][2]  # the probe looks at the first batch, in each run
     later = [one for one in passed if one[2] != first]
-    assert len(later) == len(set(later)), "a batch was predicted twice"
+    # a batch counts when all three members have seen it: the one under way may be done again
+    again = {batch for one in set(later) if later.count(one) > 1 for batch in one[2:]}
+    assert len(again) <= 1, "a finished batch was predicted twice"
     assert len({batch for _, _, batch in passed}) == 20
     assert len(set(passed)) == 3 * 20
     assert read()["data"]["choosing"]["samples"] == 100
