@@ -6,7 +6,7 @@ was predicted. Choices look at choosing data alone.
 Legend of shapes: N items, M members.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -319,8 +319,3 @@ def used_snapshots(candidate: Candidate) -> list[int]:
     """Indices of the snapshots that take part."""
     count = len(candidate.rows[0].coefficients)
     return [k for k in range(count) if any(row.coefficients[k] != 0 for row in candidate.rows)]
-
-
-def by_name(candidates: Sequence[Candidate]) -> Mapping[str, Candidate]:
-    """The candidates by their names."""
-    return {candidate.name: candidate for candidate in candidates}
