@@ -300,7 +300,7 @@ class Comparison:
             return _Times({}, None, self.budget.latency_batch)
         models = [models[m % len(models)] for m in range(most)]
         flops = latency.flops(models[0], bench.example, bench.device)
-        sizes = sorted({1, self.budget.latency_batch, min(bench.options.batch_size, 64)})
+        sizes = sorted({1, self.budget.latency_batch, min(bench.options.batch_size, 32)})
         found = {}
         for size in sizes:  # every number of members for the budget's batch, the ends elsewhere
             wanted = counts if size == self.budget.latency_batch else sorted({1, most} & {*counts})

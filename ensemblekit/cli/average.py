@@ -10,6 +10,7 @@ import click
 
 from ensemblekit.averaging import RULES
 from ensemblekit.cli import options, show
+from ensemblekit.cli.allocator import keep_freed_memory
 from ensemblekit.errors import UsageError, listing
 
 if TYPE_CHECKING:
@@ -90,6 +91,8 @@ def command(
     rule_options = {} if coefficients is None else {"coefficients": options.numbers(coefficients)}
     if coefficients is not None and method == "uniform":
         method = "weighted"
+    if rest.get("model") is not None:
+        keep_freed_memory()
     with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is not our data
         result = average(
             checkpoints,

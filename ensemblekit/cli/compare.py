@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ensemblekit.cli import options, show
+from ensemblekit.cli.allocator import keep_freed_memory
 
 if TYPE_CHECKING:
     from ensemblekit.commands.compare import CompareResult
@@ -119,6 +120,7 @@ def command(
     from ensemblekit.options import ModelOptions
     from ensemblekit.selection import Selection
 
+    keep_freed_memory()
     selecting = {name: rest.pop(name) for name in _SELECTION}
     budget = Budget(**{name: rest.pop(name) for name in _BUDGET})
     failed = None

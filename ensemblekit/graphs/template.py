@@ -1,0 +1,296 @@
+"""Owns the export of one member: a graph whose weights are open, to be filled in for each member.
+
+Input: a module in eval mode and example inputs. torch's exporter (the one on torch.export) runs
+first; the older one, on TorchScript, is the second choice.
+"""
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from ensemblekit.ensemble_module import OneOutput
+from ensemblekit.errors import IncompatibleError, InputError, UnsupportedError
+
+Exporter = Literal["dynamo", "torchscript"]
+EXPORTERS: tuple[Exporter, ...] = ("dynamo", "torchscript")
+OPSET = 20
+"""Default operator set: what torch's exporter writes without conversion, with LayerNormalization
+and Gelu as single operators; ONNX Runtime reads it since 1.17 (2024)."""
+
+_CONSTANT_ELEMENTS = 1 << 20  # constants that are worked out in advance are no larger
+Weights = Mapping[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input of the exported graph.
+
+    Attributes:
+        name: In the graph.
+        dtype: As torch names it, without `torch.`.
+        dims: Sizes; a string where the size is open, and its name.
+    """
+
+    name: str
+    dtype: str
+    dims: tuple[int | str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.dtype}[{','.join(map(str, self.dims))}]"
+
+
+@dataclass(frozen=True)
+class Interface:
+    """How a model is called.
+
+    Attributes:
+        ports: Its inputs in order.
+        keywords: Names of the model's parameters that they go to; None where they are positional.
+        output: Name of the output.
+    """
+
+    ports: tuple[Port, ...]
+    keywords: tuple[str, ...] | None
+    output: str
+
+
+@dataclass(frozen=True)
+class Template:
+    """One member's graph with open weights.
+
+    Attributes:
+        model: Its graph's inputs are the ports, then the weights; not to be changed.
+        weights: Names of the weights that the graph uses, as they are among its inputs.
+        exporter: What made it.
+    """
+
+    model: ir.Model
+    weights: tuple[str, ...]
+    exporter: Exporter
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def graph(self) -> ir.Graph:
+        """The graph."""
+        return self.model.graph
+
+
+def export_template(
+    module: nn.Module,
+    example: Sequence[torch.Tensor],
+    interface: Interface,
+    *,
+    logits: str | None = None,
+    exporter: Exporter = "dynamo",
+    opset: int = OPSET,
+) -> Template:
+    """Export one member with open weights.
+
+    Args:
+        module: In eval mode, on the CPU.
+        example: One tensor a port, with at least 2 in open dimensions.
+        interface: Names and open dimensions.
+        logits: Entry of a dict output that is exported.
+        exporter: Which of torch's two exporters.
+        opset: Operator set of the graph.
+
+    Raises:
+        UnsupportedError: The exporter cannot; its last words are in the message.
+    """
+    wrapped = OneOutput(module, logits=logits, names=interface.keywords).eval()
+    model = _export(wrapped, example, interface, exporter=exporter, opset=opset)
+    own = {f"model.{key}": value for key, value in module.state_dict(keep_vars=True).items()}
+    graph = model.graph
+    opened = []
+    for name in list(graph.initializers):
+        value = graph.initializers[name]
+        if name not in own:
+            continue
+        tensor = own[name]
+        if value.const_value is None or tuple(value.const_value.shape) != tuple(tensor.shape):
+            raise UnsupportedError(f"the {exporter} exporter changed the weight '{name}'")
+        del graph.initializers[name]
+        value.const_value = None
+        value.shape = ir.Shape(tuple(tensor.shape))
+        value.name = name.removeprefix("model.")
+        graph.inputs.append(value)
+        opened.append(value.name)
+    optimize(model)
+    used = [name for name, value in zip(opened, graph.inputs[len(interface.ports) :], strict=True)
+            if value.uses() or value.is_graph_output()]
+    for value in list(graph.inputs)[len(interface.ports) :]:
+        if value.name not in used:
+            graph.inputs.remove(value)
+    for port, value in zip(interface.ports, graph.inputs, strict=False):
+        value.name = port.name
+    return Template(model, tuple(used), exporter)
+
+
+def export_whole(
+    module: nn.Module, example: Sequence[torch.Tensor], interface: Interface, *, opset: int = OPSET
+) -> ir.Model:
+    """Export a module with everything in it, without cleverness; for heads, and to compare with."""
+    model = _export(module.eval(), example, interface, exporter="dynamo", opset=opset)
+    optimize(model)
+    return model
+
+
+def optimize(model: ir.Model) -> None:
+    """Work out constants and drop what is not used, in place; onnxscript's optimizer."""
+    import onnxscript.optimizer
+
+    with _silence():
+        onnxscript.optimizer.optimize(
+            model, input_size_limit=_CONSTANT_ELEMENTS, output_size_limit=_CONSTANT_ELEMENTS
+        )
+
+
+def _export(
+    module: nn.Module,
+    example: Sequence[torch.Tensor],
+    interface: Interface,
+    *,
+    exporter: Exporter,
+    opset: int,
+) -> ir.Model:
+    names = [port.name for port in interface.ports]
+    try:
+        with _silence(), torch.enable_grad():  # without it, fused operators that nobody exports
+            if exporter == "dynamo":
+                return _by_dynamo(module, example, interface, names, opset)
+            return _by_torchscript(module, example, interface, names, opset)
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except Exception as error:  # the exporters raise anything
+        raise UnsupportedError(f"the {exporter} exporter failed: {_words(error)}") from error
+
+
+def _words(error: BaseException) -> str:
+    """What went wrong in the first place, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{lines[0][:300] if lines else ''} ({type(error).__name__})"
+
+
+def _by_dynamo(
+    module: nn.Module,
+    example: Sequence[torch.Tensor],
+    interface: Interface,
+    names: list[str],
+    opset: int,
+) -> ir.Model:
+    dims: dict[str, Any] = {}
+    shapes = []
+    for port in interface.ports:
+        open_axes = {axis: d for axis, d in enumerate(port.dims) if isinstance(d, str)}
+        for label in open_axes.values():
+            dims.setdefault(label, torch.export.Dim(label, min=1))
+        shapes.append({axis: dims[label] for axis, label in open_axes.items()})
+    program = torch.onnx.export(
+        module,
+        tuple(example),
+        input_names=names,
+        output_names=[interface.output],
+        dynamic_shapes=(tuple(shapes),),  # of *args
+        opset_version=opset,
+        dynamo=True,
+        optimize=False,
+        verbose=False,
+    )
+    assert program is not None
+    return program.model
+
+
+def _by_torchscript(
+    module: nn.Module,
+    example: Sequence[torch.Tensor],
+    interface: Interface,
+    names: list[str],
+    opset: int,
+) -> ir.Model:
+    import onnx
+
+    buffer = io.BytesIO()
+    axes = {
+        port.name: {axis: d for axis, d in enumerate(port.dims) if isinstance(d, str)}
+        for port in interface.ports
+    }
+    batch = next((d for port in interface.ports for d in port.dims if isinstance(d, str)), None)
+    if batch is not None:
+        axes[interface.output] = {0: batch}
+    torch.onnx.export(
+        module,
+        tuple(example),
+        buffer,
+        input_names=names,
+        output_names=[interface.output],
+        dynamic_axes=axes,
+        opset_version=min(opset, 20),
+        dynamo=False,
+        do_constant_folding=False,
+        training=torch.onnx.TrainingMode.PRESERVE,  # eval, but with BatchNorm left as it is
+        keep_initializers_as_inputs=False,
+    )
+    return ir.serde.deserialize_model(onnx.load_from_string(buffer.getvalue()))
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """What the exporters say while they work is for their developers."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with (
+            warnings.catch_warnings(),
+            open(os.devnull, "w", encoding="utf-8") as sink,  # noqa: PTH123  # a device
+            contextlib.redirect_stdout(sink),
+            contextlib.redirect_stderr(sink),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def weights_of(module: nn.Module, template: Template) -> dict[str, npt.NDArray[Any]]:
+    """The weights of a member that the template leaves open.
+
+    Raises:
+        IncompatibleError: The member has another structure than the one that was exported.
+    """
+    state = module.state_dict(keep_vars=True)
+    found = {}
+    for name in template.weights:
+        if name not in state:
+            raise IncompatibleError(f"a member has no '{name}', which the exported one has")
+        found[name] = state[name].detach().cpu().numpy()
+    return found
+
+
+def check_example(example: Sequence[torch.Tensor], interface: Interface) -> None:
+    """Refuse example inputs that do not fit the ports.
+
+    Raises:
+        InputError: Which does not, and how.
+    """
+    for tensor, port in zip(example, interface.ports, strict=True):
+        shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+        fixed = [isinstance(d, str) or d == n for d, n in zip(port.dims, shape, strict=False)]
+        if len(shape) != len(port.dims) or not all(fixed) or dtype != port.dtype:
+            raise InputError(
+                f"--input {port}: the data have {dtype}{list(shape)}",
+                hint="name the input as the model takes it, open dimensions by a word",
+            )
+
+
