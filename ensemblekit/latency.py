@@ -141,11 +141,11 @@ def sized(example: Batch, batch_size: int) -> Batch:
     return Batch(inputs, take(example.target), batch_size)
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here
     """Sums torch's own formulas over the operators that run; `opaque` are those without one."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
         self.opaque = False
 

@@ -147,6 +147,10 @@ class Builder:
                 built[m] = model
         self._recompute([m for m in wanted if m.batch_norm == "recomputed"], built)
 
+    def give(self, member: Member, statistics: Statistics) -> None:
+        """Statistics of a member that were recomputed before."""
+        self._statistics[member] = statistics
+
     def statistics(self, member: Member) -> Statistics | None:
         """The recomputed statistics of a member that was built."""
         return self._statistics.get(member)

@@ -33,6 +33,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "ensemblekit.cli.compare",
         "Compare snapshots, averages and ensembles, and decide what to ship.",
     ),
+    "export": (
+        "ensemblekit.cli.export",
+        "Export an average or an ensemble as one verified ONNX file.",
+    ),
+    "verify": ("ensemblekit.cli.verify", "Check that an ONNX file is the model of checkpoints."),
     "demo": ("ensemblekit.cli.demo", "Train a small network and try everything on its snapshots."),
 }
 

@@ -20,7 +20,7 @@ def option(*names: str, **attributes: Any) -> Callable[[F], F]:
     return click.option(*names, envvar=variable, **attributes)
 
 
-def _stack(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+def stack(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     def apply(function: F) -> F:
         for decorator in reversed(decorators):
             function = decorator(function)
@@ -33,7 +33,7 @@ CHECKPOINTS: Callable[[Any], Any] = click.argument(
     "checkpoints", nargs=-1, required=True, metavar="CHECKPOINTS..."
 )
 
-SELECTION: Callable[[Any], Any] = _stack(
+SELECTION: Callable[[Any], Any] = stack(
     option(
         "--weights",
         default="auto",
@@ -50,7 +50,15 @@ SELECTION: Callable[[Any], Any] = _stack(
     option("--by", metavar="NAME[:min|:max]", help="The metric in the files that --best goes by."),
 )
 
-MODEL: Callable[[Any], Any] = _stack(
+PRECISION: Callable[[Any], Any] = option(
+    "--precision",
+    default="fp32",
+    show_default=True,
+    type=click.Choice(["fp32", "tf32", "bf16", "fp16"]),
+    help="Of the forward pass.",
+)
+
+MODEL_AND_DATA: Callable[[Any], Any] = stack(
     option(
         "--model",
         metavar="TARGET",
@@ -72,13 +80,6 @@ MODEL: Callable[[Any], Any] = _stack(
         show_default=True,
         metavar="auto|cpu|cuda[:N]|mps",
         help="Where the model runs.",
-    ),
-    option(
-        "--precision",
-        default="fp32",
-        show_default=True,
-        type=click.Choice(["fp32", "tf32", "bf16", "fp16"]),
-        help="Of the forward pass.",
     ),
     option(
         "--batch-size",
@@ -107,7 +108,9 @@ MODEL: Callable[[Any], Any] = _stack(
     ),
 )
 
-CANDIDATE: Callable[[Any], Any] = _stack(
+MODEL: Callable[[Any], Any] = stack(MODEL_AND_DATA, PRECISION)
+
+CANDIDATE: Callable[[Any], Any] = stack(
     option("--candidate", metavar="NAME", help="Take a candidate that compare measured."),
     option("--from", "source", metavar="FILE", help="The comparison.json that it stands in."),
 )
@@ -127,7 +130,7 @@ def candidate(name: str | None, source: str | None) -> tuple[str, str] | None:
     return None if name is None or source is None else (name, source)
 
 
-TASK: Callable[[Any], Any] = _stack(
+TASK: Callable[[Any], Any] = stack(
     option(
         "--task",
         default="auto",
@@ -156,7 +159,7 @@ BN_SAMPLES: Callable[[Any], Any] = option(
     help="At most N training samples for BatchNorm.",
 )
 
-WRITING: Callable[[Any], Any] = _stack(
+WRITING: Callable[[Any], Any] = stack(
     option("--force", is_flag=True, help="Replace an existing output."),
     option("--dry-run", is_flag=True, help="Say what would be done, and do nothing."),
     option("--strict", is_flag=True, help="Treat a warning as a failure (exit 5)."),

@@ -251,9 +251,7 @@ def _along_axis(lift: Lift, node: ir.Node, inputs: Inputs) -> Sequence[Lifted] |
     if x is None:
         return None
     axis = _axis(_attribute(node, "axis", -1), _rank(x))
-    made = lift.add(
-        node.op_type, [lift.one(x, Layout.STACKED)], **_own(node, axis=axis + 1)
-    )
+    made = lift.add(node.op_type, [lift.one(x, Layout.STACKED)], **_own(node, axis=axis + 1))
     return _result(node, Layout.STACKED, made)
 
 
@@ -316,8 +314,9 @@ def _reshape(lift: Lift, node: ir.Node, inputs: Inputs) -> Sequence[Lifted] | No
     x, shape = inputs
     if x is None or shape is None or not shape.shared:
         return None
-    made = lift.add("Reshape", [lift.one(x, Layout.STACKED), _with_members(lift, shape)],
-                    **_own(node))
+    made = lift.add(
+        "Reshape", [lift.one(x, Layout.STACKED), _with_members(lift, shape)], **_own(node)
+    )
     return _result(node, Layout.STACKED, made)
 
 

@@ -133,8 +133,10 @@ class Lift:
     # ------------------------------------------------------------------------ nodes
 
     def _node(self, node: ir.Node) -> None:
-        if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
-               for a in node.attributes.values()):
+        if any(
+            a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+            for a in node.attributes.values()
+        ):
             raise UnsupportedError(
                 f"the graph has control flow ({node.op_type}), which has no place in an ensemble"
             )
@@ -147,7 +149,9 @@ class Lift:
         if known is not None:
             return [known]
         if all(value is None or value.shared for value in inputs):
-            plain = [None if value is None else self.get(value, Layout.SHARED)[0] for value in inputs]
+            plain = [
+                None if value is None else self.get(value, Layout.SHARED)[0] for value in inputs
+            ]
             made = self._copy(node, plain, prefix="")
             return [
                 Lifted(t, {Layout.SHARED: (v,)}) for t, v in zip(node.outputs, made, strict=True)
@@ -292,7 +296,9 @@ def _stacked(lift: Lift, value: Lifted) -> tuple[ir.Value, ...]:
 
 def _channels(lift: Lift, value: Lifted) -> tuple[ir.Value, ...]:
     if value.arrays is not None and value.arrays[0].ndim >= 2:
-        return (lift.number(np.concatenate(value.arrays, axis=1), f"members.{value.template.name}"),)
+        return (
+            lift.number(np.concatenate(value.arrays, axis=1), f"members.{value.template.name}"),
+        )
     if Layout.STACKED in value.forms or Layout.SHARED in value.forms:
         dims = _dims(value)
         K, C, spatial = lift.members, dims[1], dims[2:]
@@ -372,5 +378,5 @@ def _same(one: Array, other: Array) -> bool:
     """Bitwise: NaN equals NaN, and -0 differs from 0."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    raw = [np.asarray(a, order="C").reshape(-1).view(np.uint8) for a in (one, other)]
-    return bool(np.array_equal(*raw))
+    first, second = (np.asarray(a, order="C").reshape(-1).view(np.uint8) for a in (one, other))
+    return bool(np.array_equal(first, second))

@@ -3,9 +3,9 @@
 Input: members in eval mode and a head. Nothing is verified here.
 """
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -20,7 +20,6 @@ from ensemblekit.graphs.template import (
     Exporter,
     Interface,
     Port,
-    Template,
     export_template,
     export_whole,
     weights_of,
@@ -80,11 +79,14 @@ class Maker:
         self.head = head
         self.interface = interface
         self.opset = opset
+        first = members[0]
+        if any(p.device.type != "cpu" for p in first.parameters()):
+            first = copy.deepcopy(first).cpu()
         self.template = export_template(
-            members[0], example, interface, logits=logits, exporter=exporter, opset=opset
+            first, example, interface, logits=logits, exporter=exporter, opset=opset
         )
         self.weights = [weights_of(member, self.template) for member in members]
-        self._head_of: dict[tuple[int, ...], ir.Model] = {}
+        self._head_of: dict[tuple[int | None, ...], ir.Model] = {}
 
     def make(self, *, fold: bool = True, fuse: bool = False) -> Made:
         """The graph of all members.
@@ -103,7 +105,7 @@ class Maker:
         shared = sum(1 for value in lift.values.values() if Layout.SHARED in value.forms)
         made = self._with_head(lift, output)
         made.name = self.interface.output
-        made.shape, made.type = _output_shape(output, self.interface), output.template.type
+        made.shape, made.type = output.template.shape, output.template.type
         lift.graph.outputs.append(made)
         model = ir.Model(lift.graph, ir_version=_IR_VERSION, producer_name="ensemblekit")
         tidy(model)
@@ -156,10 +158,6 @@ def _inlined(lift: Lift, head: ir.Model, stacked: ir.Value) -> ir.Value:
     return values[head.graph.outputs[0]]
 
 
-def _output_shape(output: Lifted, interface: Interface) -> ir.Shape | None:
-    return output.template.shape
-
-
 def tidy(model: ir.Model) -> None:
     """Drop what is not used, merge what is computed twice, give every value a name; in place."""
     from onnx_ir.passes import common
@@ -171,10 +169,3 @@ def tidy(model: ir.Model) -> None:
         common.NameFixPass(),
     ):
         step(model)
-
-
-def metadata(model: ir.Model, facts: Mapping[str, str]) -> None:
-    """Put facts into the file."""
-    model.metadata_props.update(facts)
-
-

@@ -5,21 +5,23 @@ first; the older one, on TorchScript, is the second choice.
 """
 
 import contextlib
+import copy
 import io
 import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
+import ml_dtypes
 import numpy.typing as npt
 import onnx_ir as ir
 import torch
 from torch import nn
 
 from ensemblekit.ensemble_module import OneOutput
-from ensemblekit.errors import IncompatibleError, InputError, UnsupportedError
+from ensemblekit.errors import IncompatibleError, UnsupportedError
 
 Exporter = Literal["dynamo", "torchscript"]
 EXPORTERS: tuple[Exporter, ...] = ("dynamo", "torchscript")
@@ -77,7 +79,6 @@ class Template:
     model: ir.Model
     weights: tuple[str, ...]
     exporter: Exporter
-    notes: tuple[str, ...] = field(default=())
 
     @property
     def graph(self) -> ir.Graph:
@@ -107,6 +108,8 @@ def export_template(
     Raises:
         UnsupportedError: The exporter cannot; its last words are in the message.
     """
+    if exporter == "torchscript":
+        module = _distinct(module)
     wrapped = OneOutput(module, logits=logits, names=interface.keywords).eval()
     model = _export(wrapped, example, interface, exporter=exporter, opset=opset)
     own = {f"model.{key}": value for key, value in module.state_dict(keep_vars=True).items()}
@@ -126,14 +129,28 @@ def export_template(
         graph.inputs.append(value)
         opened.append(value.name)
     optimize(model)
-    used = [name for name, value in zip(opened, graph.inputs[len(interface.ports) :], strict=True)
-            if value.uses() or value.is_graph_output()]
+    used = [
+        name
+        for name, value in zip(opened, graph.inputs[len(interface.ports) :], strict=True)
+        if value.uses() or value.is_graph_output()
+    ]
     for value in list(graph.inputs)[len(interface.ports) :]:
         if value.name not in used:
             graph.inputs.remove(value)
     for port, value in zip(interface.ports, graph.inputs, strict=False):
         value.name = port.name
     return Template(model, tuple(used), exporter)
+
+
+def _distinct(module: nn.Module) -> nn.Module:
+    """A copy with other numbers: the older exporter makes one weight of several equal ones."""
+    other = copy.deepcopy(module)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in (*other.parameters(), *other.buffers()):
+            if tensor.is_floating_point():
+                tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
+    return other
 
 
 def export_whole(
@@ -232,7 +249,7 @@ def _by_torchscript(
     torch.onnx.export(
         module,
         tuple(example),
-        buffer,
+        buffer,  # type: ignore[arg-type]  # a file-like object is what it wants
         input_names=names,
         output_names=[interface.output],
         dynamic_axes=axes,
@@ -263,6 +280,13 @@ def _silence() -> Iterator[None]:
         logging.disable(before)
 
 
+def _numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    if tensor.dtype == torch.bfloat16:  # which numpy has not
+        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    array: npt.NDArray[Any] = tensor.numpy()
+    return array
+
+
 def weights_of(module: nn.Module, template: Template) -> dict[str, npt.NDArray[Any]]:
     """The weights of a member that the template leaves open.
 
@@ -274,23 +298,5 @@ def weights_of(module: nn.Module, template: Template) -> dict[str, npt.NDArray[A
     for name in template.weights:
         if name not in state:
             raise IncompatibleError(f"a member has no '{name}', which the exported one has")
-        found[name] = state[name].detach().cpu().numpy()
+        found[name] = _numpy(state[name].detach().cpu())
     return found
-
-
-def check_example(example: Sequence[torch.Tensor], interface: Interface) -> None:
-    """Refuse example inputs that do not fit the ports.
-
-    Raises:
-        InputError: Which does not, and how.
-    """
-    for tensor, port in zip(example, interface.ports, strict=True):
-        shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
-        fixed = [isinstance(d, str) or d == n for d, n in zip(port.dims, shape, strict=False)]
-        if len(shape) != len(port.dims) or not all(fixed) or dtype != port.dtype:
-            raise InputError(
-                f"--input {port}: the data have {dtype}{list(shape)}",
-                hint="name the input as the model takes it, open dimensions by a word",
-            )
-
-

@@ -1,0 +1,594 @@
+"""Owns `export`: a candidate becomes one verified ONNX file.
+
+Input: checkpoints, a model, and which candidate of them. Attempts are made in order of hope: the
+faster graph first, plainer ones and the other exporter after it. The first that passes verification
+is written.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ensemblekit import __version__
+from ensemblekit.batches import Plan, batches
+from ensemblekit.cache import Cache
+from ensemblekit.candidates import Candidate, Row, mean_row, one_hot
+from ensemblekit.combiners import combiner as known_combiner
+from ensemblekit.commands import chosen, provenance
+from ensemblekit.commands.bn_plan import plan_bn
+from ensemblekit.commands.measure import measure
+from ensemblekit.discovery import discover
+from ensemblekit.ensemble_module import EnsembleModule, Head
+from ensemblekit.errors import CheckFailedError, UnsupportedError, UsageError, one_of
+from ensemblekit.files import check_output
+from ensemblekit.graphs import interface as interfaces
+from ensemblekit.graphs import precision as precisions
+from ensemblekit.graphs import saving
+from ensemblekit.graphs.choosing import Choice, attempts
+from ensemblekit.graphs.making import Made
+from ensemblekit.graphs.template import EXPORTERS, OPSET, Interface
+from ensemblekit.members import Statistics
+from ensemblekit.options import ModelOptions, Progress
+from ensemblekit.runtimes.onnx_runtime import Session, check_provider
+from ensemblekit.selection import Selection
+from ensemblekit.snapshots import SnapshotSet
+from ensemblekit.tasks import logits_of
+from ensemblekit.verification import Samples, Verification, verify
+from ensemblekit.workbench import Workbench
+from ensemblekit.writers import read_manifest
+
+LEAST_OPSET, MOST_OPSET = 18, 23
+_NO_LIMIT = 1 << 62
+_GENERATED = 64  # samples
+_CALIBRATION = 512  # samples that int8 ranges come from
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export and how.
+
+    Attributes:
+        candidate: (name, comparison.json) of a candidate that `compare` measured.
+        ensemble: All checkpoints as one ensemble.
+        combiner: Of that ensemble.
+        coefficients: One average with these weights, oldest first.
+        bn: BatchNorm policy of an average.
+        inputs: What `--input` says, one text an input.
+        output_kind: `logits` or `probabilities`.
+        exporter: `auto`, `dynamo` or `torchscript`.
+        opset: Operator set.
+        fuse: `auto`, `on` or `off`.
+        precision: What the file computes in.
+        provider: That it is verified and measured on.
+        metadata: Facts of the user's to put into the file.
+        triton: Folder of a Triton model repository to write as well.
+        keep_failed: Keep a file that fails under another name.
+    """
+
+    candidate: tuple[str, str] | None = None
+    ensemble: bool = False
+    combiner: str = "mean"
+    coefficients: Sequence[float] | None = None
+    bn: str = "auto"
+    inputs: Sequence[str] = ()
+    output_kind: str = "logits"
+    exporter: str = "auto"
+    opset: int = OPSET
+    fuse: str = "auto"
+    precision: str = "fp32"
+    provider: str = "cpu"
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    triton: str | None = None
+    keep_failed: bool = False
+
+    def __post_init__(self) -> None:
+        one_of(self.exporter, ("auto", *EXPORTERS), what="exporter")
+        one_of(self.fuse, ("auto", "on", "off"), what="--fuse")
+        one_of(self.precision, precisions.PRECISIONS, what="precision")
+        known_combiner(self.combiner)
+        kinds = (self.candidate is not None, self.ensemble, self.coefficients is not None)
+        if sum(kinds) > 1:
+            raise UsageError("only one of --candidate, --ensemble and --coefficients")
+        if not LEAST_OPSET <= self.opset <= MOST_OPSET:
+            raise UsageError(f"--opset {self.opset}: from {LEAST_OPSET} to {MOST_OPSET}")
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What `export --json` prints."""
+
+    output: str | None
+    sha256: str | None
+    opset: int
+    inputs: tuple[dict[str, Any], ...]
+    outputs: tuple[dict[str, Any], ...]
+    verification: dict[str, Any]
+    candidate: dict[str, Any]
+    snapshots: tuple[str, ...]
+    exporter: str
+    precision: str
+    fused: int
+    folded: int
+    nodes: int
+    shared: int
+    bytes: int
+    external_data: str | None
+    latency: tuple[dict[str, Any], ...]
+    attempts: tuple[dict[str, Any], ...]
+    triton: str | None = None
+    warnings: tuple[str, ...] = ()
+    up_to_date: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"schema_version": 1, **vars(self)}
+
+
+class Subject:
+    """A candidate that is ready to be exported or verified.
+
+    Attributes:
+        candidate: Which.
+        snapshots: Those that take part.
+        module: All members and the head; what the file is compared with.
+        head: How outputs become one.
+        interface: How the file is called.
+        samples: To verify with.
+        warnings: What the user should know.
+    """
+
+    def __init__(
+        self,
+        candidate: Candidate,
+        snapshots: SnapshotSet,
+        bench: Workbench,
+        head: Head,
+        interface: Interface,
+        samples: Samples,
+        members: Sequence[nn.Module],
+    ) -> None:
+        self.candidate = candidate
+        self.snapshots = snapshots
+        self.bench = bench
+        self.head = head
+        self.interface = interface
+        self.samples = samples
+        self.members = members
+        self.module = EnsembleModule(members, head, logits=bench.options.logits).eval()
+        self.warnings: list[str] = []
+
+    def calibration(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Inputs of some training samples, by name."""
+        options = self.bench.options
+        data = self.bench.builder.training.ready()
+        plan = Plan(32, options.seed, min(_CALIBRATION, options.limit or _CALIBRATION))
+        for batch in batches(data, plan):
+            yield interfaces.inputs_of(batch, self.interface)
+
+
+def subject(
+    snapshots: SnapshotSet,
+    model: ModelOptions,
+    options: ExportOptions,
+    progress: Progress | None,
+    *,
+    candidate: Candidate | None = None,
+) -> Subject:
+    """Build the candidate that the options name, and everything to check it with.
+
+    Args:
+        snapshots: K snapshots.
+        model: The model, data, and how to run them.
+        options: Which candidate.
+        progress: Told what is being done.
+        candidate: Instead of the one that the options name; its statistics are not recomputed.
+
+    Raises:
+        UsageError: No model, no example of an input, or options that do not fit.
+        InputError: Checkpoints, model or data that cannot be used.
+    """
+    model = model.with_model_from([s.facts.model_hint for s in snapshots.snapshots])
+    if model.model is None:
+        raise UsageError("an export needs the model", hint="--model FILE.py:NAME")
+    if options.precision == "int8-static" and model.train_data is None:
+        raise UsageError(
+            "--precision int8-static takes the ranges of activations from training data",
+            hint="--train-data TARGET, or --precision int8-dynamic",
+        )
+    warnings = list(snapshots.warnings)
+    statistics: list[Statistics | None]
+    if candidate is not None:
+        statistics = [None for _ in candidate.rows]
+    else:
+        candidate, snapshots, statistics = _candidate(snapshots, model, options, progress, warnings)
+    with Cache(None, _NO_LIMIT) as cache:
+        bench = Workbench(snapshots, model, cache=cache, progress=progress)
+        for member, found in zip(candidate.members, statistics, strict=True):
+            if found is not None:
+                bench.builder.give(member, found)
+        members = bench.builder.models(candidate.members)
+    specs = [interfaces.parse_spec(text) for text in options.inputs]
+    example = bench.example if bench.splits else None
+    first = interfaces.interface_of(members[0], example, specs, "logits")
+    if example is None:
+        example = interfaces.generated(members[0], first, specs, _GENERATED, seed=model.seed)
+    task = _task(bench, members[0], example, model)
+    head = Head(task, candidate.combiner, candidate.params, options.output_kind)
+    interface = replace(first, output=head.output_name)
+    samples = _samples(bench, example, model)
+    made = Subject(candidate, snapshots, bench, head, interface, samples, members)
+    made.warnings = warnings
+    return made
+
+
+def _candidate(
+    snapshots: SnapshotSet,
+    model: ModelOptions,
+    options: ExportOptions,
+    progress: Progress | None,
+    warnings: list[str],
+) -> tuple[Candidate, SnapshotSet, list[Statistics | None]]:
+    if options.candidate is not None:
+        taken = chosen.take(options.candidate[0], Path(options.candidate[1]), snapshots)
+        given = [Statistics(s, taken.samples) if s else None for s in taken.statistics]
+        return taken.candidate, taken.snapshots, given
+    count = len(snapshots)
+    if options.ensemble and count > 1:
+        rows = tuple(one_hot(k, count) for k in range(count))
+        if known_combiner(options.combiner).fit is not None or options.combiner == "weighted":
+            raise UsageError(
+                f"--combiner {options.combiner} has numbers that are fitted on data",
+                hint="ensemblekit compare fits them; then --candidate NAME --from comparison.json",
+            )
+        return (
+            Candidate("ensemble", rows, tuple("none" for _ in rows), options.combiner),
+            snapshots,
+            [None for _ in rows],
+        )
+    row = mean_row(count)
+    if options.coefficients is not None:
+        from ensemblekit.averaging import rule
+
+        row = rule("weighted")(snapshots, coefficients=options.coefficients)
+    plan = plan_bn(snapshots, row, options.bn, model, warnings)
+    name = "average" if row.only is None else snapshots.snapshots[row.only].name
+    if not plan.recompute:
+        policy: Any = "averaged" if plan.stale else "none"
+        return Candidate(name, (_as_one_hot(row),), (policy,)), snapshots, [None]
+    bare = replace(model, val_data=None, test_data=None)
+    found = measure(snapshots, row, plan, options.bn, bare, progress)
+    warnings += found.warnings
+    statistics = Statistics(dict(found.statistics), found.samples)
+    return Candidate(name, (_as_one_hot(row),), ("recomputed",)), snapshots, [statistics]
+
+
+def _as_one_hot(row: Row) -> Row:
+    """A single snapshot is itself, whatever its coefficient."""
+    return row if row.only is None else one_hot(row.only, len(row.coefficients))
+
+
+def _task(bench: Workbench, member: nn.Module, example: Any, model: ModelOptions) -> str:
+    if bench.form is not None:
+        return bench.form.task
+    if model.task != "auto":
+        return model.task
+    from ensemblekit.batches import forward
+
+    with torch.inference_mode():
+        outputs = logits_of(forward(member, example.head(2).to(bench.device)), model.logits)
+    guessed = {2: "classification", 3: "tokens", 4: "segmentation"}.get(outputs.ndim)
+    if guessed is None or outputs.shape[1] < 2:
+        raise UsageError(
+            f"outputs of shape {tuple(outputs.shape)} and no labels do not tell the task",
+            hint="--task regression (or multilabel), or --val-data TARGET",
+        )
+    return guessed
+
+
+def _samples(bench: Workbench, example: Any, model: ModelOptions) -> Samples:
+    if not bench.splits:
+        return Samples(lambda: (), example, real=False)
+    place = next(iter(bench.splits.values()))
+    shifted = bench.form is not None and bench.form.shifted
+    return Samples(
+        lambda: batches(place.data.ready(), place.plan), example, True, model.ignore_index, shifted
+    )
+
+
+def export(
+    checkpoints: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    model: ModelOptions,
+    options: ExportOptions | None = None,
+    selection: Selection | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    strict: bool = False,
+    command: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Export one candidate of some checkpoints as a verified ONNX file.
+
+    Args:
+        checkpoints: Files, folders and globs.
+        output: The file to write, ending in `.onnx`.
+        model: The model, data, and how to run them.
+        options: What to export and how.
+        selection: Which snapshots take part.
+        force: Replace an existing output.
+        dry_run: Do everything but leave no file.
+        strict: A warning is a failed check.
+        command: What to note as the command in the manifest.
+        progress: Told what is being done.
+
+    Raises:
+        UsageError: Options that do not fit, an output that exists.
+        InputError: Checkpoints, model or data that cannot be used.
+        MachineError: The machine said no, or the provider is missing.
+        CheckFailedError: No graph passed verification.
+    """
+    options = options or ExportOptions()
+    path = Path(output)
+    if path.suffix != ".onnx":
+        raise UsageError(f"output {path}: expected a name that ends in .onnx")
+    check_provider(options.provider)
+    paths = [checkpoints] if isinstance(checkpoints, str | os.PathLike) else list(checkpoints)
+    snapshots = discover(*paths, selection=selection)
+    request = _request(snapshots, model, options)
+    if not force and (done := _up_to_date(path, request)) is not None:
+        return done
+    _check_free(path, snapshots, force=force)
+    found = subject(snapshots, model, options, progress)
+    if strict and found.warnings:
+        raise CheckFailedError(f"--strict: {found.warnings[0]}")
+    with saving.workshop(path) as folder:
+        made, choice, verification, tried = _first_that_passes(
+            found, options, folder, path, progress
+        )
+        file = folder / path.name
+        result = _result(found, options, made, choice, verification, tried, file)
+        if dry_run:
+            return result
+        result = replace(result, output=str(path))
+        if options.triton is not None:
+            from ensemblekit.commands.triton import write_repository
+
+            result = replace(
+                result,
+                triton=str(
+                    write_repository(
+                        Path(options.triton), path.stem, file, options.provider, force=force
+                    )
+                ),
+            )
+        manifest = {
+            "ensemblekit": __version__,
+            **result.to_json(),
+            "versions": _versions(),
+            "command": list(command),
+            "request": request,
+        }
+        saving.publish(file, path, manifest)
+    return result
+
+
+def _check_free(path: Path, snapshots: SnapshotSet, *, force: bool) -> None:
+    inputs = [source.path for s in snapshots.snapshots for source in s.sources]
+    for name in (path.name, saving.data_name(path.name)):
+        check_output(path.with_name(name), inputs=inputs, force=force)
+
+
+def _first_that_passes(
+    found: Subject,
+    options: ExportOptions,
+    folder: Path,
+    output: Path,
+    progress: Progress | None,
+) -> tuple[Made, Choice, Verification, list[dict[str, Any]]]:
+    """The best graph that is the model, in `folder` under the output's name."""
+    tried: list[dict[str, Any]] = []
+    verification: Verification | None = None
+    failed: Path | None = None
+    say = progress or (lambda what, done, total: None)
+    for choice in attempts(
+        found.members,
+        found.head,
+        interfaces.example_of(found.samples.first, found.interface),
+        found.interface,
+        found.samples.first,
+        folder,
+        logits=found.bench.options.logits,
+        exporter=options.exporter,
+        opset=options.opset,
+        fuse=options.fuse,
+        provider=options.provider,
+        say=lambda what: say(what, 0, None),
+    ):
+        if choice.made is None:
+            tried.append({**choice.facts(), "passed": False, "reason": choice.reason})
+            continue
+        say("verifying", 0, None)
+        file = _in_precision(found, choice.made, options, folder, output.name)
+        verification = checked(found, options, file)
+        reason = None if verification.failed is None else ": ".join(verification.failed)
+        tried.append({**choice.facts(), "passed": verification.passed, "reason": reason})
+        if verification.passed:
+            return choice.made, choice, verification, tried
+        failed = file
+    if failed is not None and options.keep_failed:
+        kept = output.with_name(f"{output.stem}.failed.onnx")
+        _keep(failed, kept)
+        where = f"; the last graph is kept as {kept}"
+    else:
+        where = "; --keep-failed keeps the file"
+    if all(attempt["exporter"] is not None and choice_failed(attempt) for attempt in tried):
+        raise UnsupportedError(
+            f"this model cannot be exported: {tried[0]['reason']}",
+            hint="try the model with torch.onnx.export; control flow on values has no graph",
+        )
+    last = next(a for a in reversed(tried) if not choice_failed(a))
+    raise CheckFailedError(
+        f"the exported graph is not the model: {last['reason']}{where}",
+        hint=_advice(str(last["reason"])),
+    )
+
+
+def choice_failed(attempt: Mapping[str, Any]) -> bool:
+    """Whether an attempt never came to a graph."""
+    return attempt["nodes"] is None
+
+
+def _advice(reason: str) -> str | None:
+    if "frozen" in reason or reason.startswith("batch sizes"):
+        return "the model's code makes a number of a size: use x.shape[0], not len(x) or int(...)"
+    if reason.startswith("session"):
+        return "another --provider or --precision"
+    return None
+
+
+def _in_precision(
+    found: Subject, made: Made, options: ExportOptions, folder: Path, name: str
+) -> Path:
+    """The graph as a file in the precision that was asked for, with its metadata."""
+    file = folder / name
+    for old in folder.iterdir():
+        if old.name != name and not old.name.startswith("variant"):
+            old.unlink()
+    made.model.metadata_props.update(_metadata(found, options))
+    if options.precision == "fp32":
+        saving.save(made.model, file)
+        return file
+    plain = folder / f"fp32.{name}"
+    saving.save(made.model, plain)
+    precisions.convert(plain, file, options.precision, calibration=found.calibration)
+    return file
+
+
+def checked(found: Subject, options: ExportOptions, file: Path) -> Verification:
+    """The verification of a file on the subject's samples."""
+    sizes = sorted({1, 2, 7, min(64, found.bench.options.batch_size)})
+    with found.bench.builder.precision():  # TF32 off
+        return verify(
+            file,
+            found.module,
+            found.interface,
+            found.samples,
+            task=found.head.task,
+            class_axis=found.head.class_axis,
+            probabilities=options.output_kind == "probabilities",
+            provider=options.provider,
+            precision=options.precision,
+            batch_sizes=sizes,
+        )
+
+
+def _keep(failed: Path, kept: Path) -> None:
+    import onnx_ir as ir
+
+    model = ir.load(failed)
+    saving.save(model, kept)
+
+
+def _metadata(found: Subject, options: ExportOptions) -> dict[str, str]:
+    facts = {
+        "version": __version__,
+        "candidate": found.candidate.to_json(),
+        "snapshots": [s.path.name for s in found.snapshots.snapshots],
+        "output": found.head.output_name,
+        "task": found.head.task,
+        "precision": options.precision,
+    }
+    return {"ensemblekit": json.dumps(facts), **options.metadata}
+
+
+def _versions() -> dict[str, str]:
+    import onnx
+    import onnxruntime
+
+    return {
+        "ensemblekit": __version__,
+        "torch": torch.__version__,
+        "onnx": onnx.__version__,
+        "onnxruntime": onnxruntime.__version__,
+    }
+
+
+def _result(
+    found: Subject,
+    options: ExportOptions,
+    made: Made,
+    choice: Choice,
+    verification: Verification,
+    tried: list[dict[str, Any]],
+    file: Path,
+) -> ExportResult:
+    session = Session(file, options.provider)
+    data = file.with_name(saving.data_name(file.name))
+    size = file.stat().st_size + (data.stat().st_size if data.exists() else 0)
+    warnings = list(found.warnings)
+    if verification.classes_seen == 1 and found.head.task != "regression":
+        warnings.append(
+            "torch decided for one class on all samples: the verification says little; "
+            "--val-data lets it be made on real ones"
+        )
+    elif not verification.real:
+        warnings.append(
+            "verified on generated samples; --val-data TARGET makes it real ones, with the accuracy"
+        )
+    warnings += [f"an attempt failed ({t['exporter']}): {t['reason']}" for t in tried[:-1]]
+    return ExportResult(
+        output=None,
+        sha256=saving.digest(file),
+        opset=made.model.graph.opset_imports.get("", options.opset),
+        inputs=tuple(_slot(s) for s in session.inputs),
+        outputs=tuple(_slot(s) for s in session.outputs),
+        verification=verification.to_json(),
+        candidate=found.candidate.to_json(),
+        snapshots=tuple(str(s.path) for s in found.snapshots.snapshots),
+        exporter=made.exporter,
+        precision=options.precision,
+        fused=made.fused,
+        folded=made.folded,
+        nodes=made.nodes,
+        shared=made.shared,
+        bytes=size,
+        external_data=data.name if data.exists() else None,
+        latency=tuple(choice.latency),
+        attempts=tuple(tried),
+        warnings=tuple(warnings),
+    )
+
+
+def _slot(slot: Any) -> dict[str, Any]:
+    return {"name": slot.name, "type": slot.dtype, "shape": list(slot.dims)}
+
+
+def _request(snapshots: SnapshotSet, model: ModelOptions, options: ExportOptions) -> dict[str, Any]:
+    row = mean_row(len(snapshots))
+    found = provenance.request(snapshots, row, "export", options.bn, model)
+    shown = {name: value for name, value in vars(options).items() if name != "keep_failed"}
+    found["export"] = json.loads(json.dumps(shown, default=list))
+    if options.candidate is not None:
+        found["comparison"] = provenance.file_digest(Path(options.candidate[1]))
+    return found
+
+
+def _up_to_date(path: Path, request: Mapping[str, Any]) -> ExportResult | None:
+    earlier = read_manifest(path)
+    if earlier is None or not path.is_file() or earlier.get("request") != request:
+        return None
+    if earlier.get("sha256") != saving.digest(path):
+        return None
+    names = ExportResult.__dataclass_fields__
+    try:
+        kept = {name: earlier[name] for name in names if name in earlier}
+        return ExportResult(**{**kept, "up_to_date": True})
+    except TypeError:
+        return None

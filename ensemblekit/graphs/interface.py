@@ -1,0 +1,218 @@
+"""Owns what the exported graph is called with: names, types and open sizes of its inputs.
+
+Input: an example batch, or what the user wrote after `--input`.
+"""
+
+import inspect
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ensemblekit.batches import Batch
+from ensemblekit.errors import InputError, UsageError, one_of
+from ensemblekit.graphs.template import Interface, Port
+from ensemblekit.latency import sized
+
+_SPEC = re.compile(r"^(?P<name>[^:\[\]]+):(?P<dtype>\w+)\[(?P<dims>[^\]]*)\]$")
+_DTYPES = ("float32", "float16", "float64", "int64", "int32", "bool", "uint8")
+_OPEN_SIZE = 8  # of an open dimension that nobody gave a size
+_EXAMPLE = 3  # samples that are exported with: 0 and 1 are special to the exporters
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One `--input`.
+
+    Attributes:
+        port: Name, type and sizes.
+        sizes: Of each open dimension in generated samples, by its name.
+    """
+
+    port: Port
+    sizes: dict[str, int]
+
+
+def parse_spec(text: str) -> Spec:
+    """`name:float32[batch,3,32,32]`; an open dimension may have a size: `seq=16`.
+
+    >>> parse_spec("ids:int64[batch,seq=16]").port
+    Port(name='ids', dtype='int64', dims=('batch', 'seq'))
+
+    Raises:
+        UsageError: It is written in another way.
+    """
+    match = _SPEC.match(text.strip())
+    if match is None:
+        raise UsageError(
+            f"--input {text}: expected NAME:TYPE[SIZES]",
+            hint="--input 'image:float32[batch,3,32,32]', open sizes by a word",
+        )
+    dtype = one_of(match["dtype"], _DTYPES, what=f"type in --input {text}")
+    dims: list[int | str] = []
+    sizes = {}
+    for part in filter(None, (p.strip() for p in match["dims"].split(","))):
+        word, _, size = part.partition("=")
+        if word.isdigit() and int(word) > 0 and not size:
+            dims.append(int(word))
+        elif word.isidentifier() and (not size or (size.isdigit() and int(size) > 0)):
+            dims.append(word)
+            if size:
+                sizes[word] = int(size)
+        else:
+            raise UsageError(
+                f"--input {text}: '{part}' is no size; expected a number, a word, or word=number"
+            )
+    return Spec(Port(match["name"].strip(), dtype, tuple(dims)), sizes)
+
+
+def interface_of(
+    model: nn.Module, example: Batch | None, specs: Sequence[Spec], output: str
+) -> Interface:
+    """How the exported model is called.
+
+    Without `--input` names are the keys of a dict batch; `input` where there is one input; or the
+    names of the forward's parameters. The first axis is open, and called `batch`.
+
+    Args:
+        model: The model.
+        example: A batch of data, where there are any.
+        specs: What the user said; they win.
+        output: Name of the output.
+
+    Raises:
+        UsageError: Neither data nor `--input`, or ones that do not fit the model.
+        InputError: An input that is no tensor, or not what `--input` says.
+    """
+    parameters = _parameters(model)
+    if example is None:
+        if not specs:
+            raise UsageError(
+                "the export needs an example of the model's input",
+                hint="--val-data TARGET, or --input 'input:float32[batch,3,32,32]'",
+            )
+        names = [spec.port.name for spec in specs]
+        named = len(names) > 1 and set(names) <= set(parameters)
+        return Interface(tuple(s.port for s in specs), tuple(names) if named else None, output)
+    keywords = tuple(example.inputs) if isinstance(example.inputs, dict) else None
+    values = list(example.inputs.values() if isinstance(example.inputs, dict) else example.inputs)
+    if keywords is not None:
+        names = list(keywords)
+    elif len(values) == 1:
+        names = ["input"]
+    else:
+        names = [p for p, _ in zip(parameters, values, strict=False)]
+        names += [f"input_{n}" for n in range(len(names), len(values))]
+    if specs and len(specs) != len(values):
+        raise UsageError(
+            f"{len(specs)} of --input, and the data have {len(values)} inputs: {', '.join(names)}"
+        )
+    ports = []
+    ordered = _in_order(specs, keywords)
+    for n, (name, value) in enumerate(zip(names, values, strict=True)):
+        if not isinstance(value, torch.Tensor):
+            raise InputError(
+                f"input '{name}' is a {type(value).__name__}; an ONNX graph takes tensors",
+                hint="leave it out of the batch, or give the model a default for it",
+            )
+        dtype = str(value.dtype).removeprefix("torch.")
+        if ordered:
+            port = ordered[n].port
+            _check_fits(port, value, dtype)
+        else:
+            per_sample = value.ndim > 0 and len(value) == example.size
+            rest = tuple(value.shape[1:]) if per_sample else tuple(value.shape)
+            port = Port(name, dtype, ("batch", *rest) if per_sample else rest)
+        ports.append(port)
+    return Interface(tuple(ports), keywords, output)
+
+
+def _in_order(specs: Sequence[Spec], keywords: tuple[str, ...] | None) -> Sequence[Spec]:
+    """Specs in the order of the data's inputs."""
+    if not specs or keywords is None:
+        return specs
+    by_name = {spec.port.name: spec for spec in specs}
+    if set(by_name) != set(keywords):
+        raise UsageError(
+            f"--input names {', '.join(by_name)}, and the data's inputs are {', '.join(keywords)}"
+        )
+    return [by_name[name] for name in keywords]
+
+
+def _check_fits(port: Port, value: torch.Tensor, dtype: str) -> None:
+    shape = tuple(value.shape)
+    fits = len(shape) == len(port.dims) and all(
+        isinstance(want, str) or want == got for want, got in zip(port.dims, shape, strict=True)
+    )
+    if dtype != port.dtype or not fits:
+        raise InputError(
+            f"--input {port}: the data have {dtype}{list(shape)}",
+            hint="sizes as the data have them, open ones by a word; or leave --input out",
+        )
+
+
+def _parameters(model: nn.Module) -> list[str]:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    signature = inspect.signature(model.forward)
+    return [name for name, p in signature.parameters.items() if p.kind in kinds]
+
+
+def generated(
+    model: nn.Module, interface: Interface, specs: Sequence[Spec], samples: int, *, seed: int = 0
+) -> Batch:
+    """A batch of random inputs: normal numbers, and indices that every embedding has.
+
+    Args:
+        model: Its embeddings bound whole numbers.
+        interface: What it is called with.
+        specs: Sizes of open dimensions.
+        samples: Size of the dimension called `batch`, or of the first open one.
+        seed: Of the numbers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sizes: dict[str, int] = {}
+    for spec in specs:
+        sizes |= spec.sizes
+    words = [d for port in interface.ports for d in port.dims if isinstance(d, str)]
+    if words:
+        sizes["batch" if "batch" in words else words[0]] = samples
+    highest = min(
+        (m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=2
+    )
+    values: list[Any] = []
+    for port in interface.ports:
+        shape = [sizes.get(d, _OPEN_SIZE) if isinstance(d, str) else d for d in port.dims]
+        dtype = getattr(torch, port.dtype)
+        if dtype.is_floating_point:
+            values.append(torch.randn(shape, generator=generator).to(dtype))
+        elif dtype == torch.bool:
+            values.append(torch.rand(shape, generator=generator) < 0.5)
+        else:
+            values.append(torch.randint(0, highest, shape, generator=generator, dtype=dtype))
+    if interface.keywords is not None:
+        inputs: Any = dict(zip(interface.keywords, values, strict=True))
+    else:
+        inputs = tuple(values)
+    return Batch(inputs, None, samples)
+
+
+def example_of(batch: Batch, interface: Interface) -> list[torch.Tensor]:
+    """Tensors to export with, one a port."""
+    few = sized(batch, _EXAMPLE)
+    if isinstance(few.inputs, dict):
+        assert interface.keywords is not None
+        return [few.inputs[name] for name in interface.keywords]
+    return list(few.inputs)
+
+
+def inputs_of(batch: Batch, interface: Interface) -> dict[str, torch.Tensor]:
+    """A batch as the file takes it, by the names of its inputs."""
+    if isinstance(batch.inputs, dict):
+        keys = interface.keywords or [port.name for port in interface.ports]
+        values = [batch.inputs[key] for key in keys]
+    else:
+        values = list(batch.inputs)
+    return {port.name: value for port, value in zip(interface.ports, values, strict=True)}
