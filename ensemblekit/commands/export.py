@@ -44,6 +44,7 @@ from ensemblekit.workbench import Workbench
 from ensemblekit.writers import read_manifest
 
 LEAST_OPSET, MOST_OPSET = 18, 23
+_BF16_OPSET = 22  # the first in which convolutions know the type
 _NO_LIMIT = 1 << 62
 _GENERATED = 64  # samples
 _CALIBRATION = 512  # samples that int8 ranges come from
@@ -406,7 +407,7 @@ def _first_that_passes(
         folder,
         logits=found.bench.options.logits,
         exporter=options.exporter,
-        opset=options.opset,
+        opset=max(options.opset, _BF16_OPSET if options.precision == "bf16" else 0),
         fuse=options.fuse,
         provider=options.provider,
         say=lambda what: say(what, 0, None),

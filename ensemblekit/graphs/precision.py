@@ -52,7 +52,10 @@ def _half(source: Path, target: Path, _: Calibration | None) -> None:
     import onnx
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    onnx.save(convert_float_to_float16(onnx.load(str(source)), keep_io_types=True), str(target))
+    made = convert_float_to_float16(onnx.load(str(source)), keep_io_types=True)
+    model = ir.serde.deserialize_model(made)
+    model.graph.sort()  # casts are put at the end
+    ir.save(model, target)
 
 
 def _bfloat16(source: Path, target: Path, _: Calibration | None) -> None:

@@ -9,6 +9,7 @@ import copy
 import io
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -192,6 +193,23 @@ def _export(
         raise UnsupportedError(f"the {exporter} exporter failed: {_words(error)}") from error
 
 
+@contextlib.contextmanager
+def _no_graphs_on_stdout() -> Iterator[None]:
+    """The older exporter prints whole graphs from C++ when it fails, past Python's stdout."""
+    choose: Any = getattr(torch._C, "_jit_set_onnx_log_output_stream", lambda _: None)
+    choose("stderr")
+    sys.stderr.flush()
+    kept, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(sink, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(sink)
+        choose("stdout")
+
+
 def _words(error: BaseException) -> str:
     """What went wrong in the first place, in one line."""
     while error.__cause__ is not None:
@@ -246,19 +264,20 @@ def _by_torchscript(
     batch = next((d for port in interface.ports for d in port.dims if isinstance(d, str)), None)
     if batch is not None:
         axes[interface.output] = {0: batch}
-    torch.onnx.export(
-        module,
-        tuple(example),
-        buffer,  # type: ignore[arg-type]  # a file-like object is what it wants
-        input_names=names,
-        output_names=[interface.output],
-        dynamic_axes=axes,
-        opset_version=min(opset, 20),
-        dynamo=False,
-        do_constant_folding=False,
-        training=torch.onnx.TrainingMode.PRESERVE,  # eval, but with BatchNorm left as it is
-        keep_initializers_as_inputs=False,
-    )
+    with _no_graphs_on_stdout():
+        torch.onnx.export(
+            module,
+            tuple(example),
+            buffer,  # type: ignore[arg-type]  # a file-like object is what it wants
+            input_names=names,
+            output_names=[interface.output],
+            dynamic_axes=axes,
+            opset_version=min(opset, 20),
+            dynamo=False,
+            do_constant_folding=False,
+            training=torch.onnx.TrainingMode.PRESERVE,  # eval, but with BatchNorm left as it is
+            keep_initializers_as_inputs=False,
+        )
     return ir.serde.deserialize_model(onnx.load_from_string(buffer.getvalue()))
 
 

@@ -4,6 +4,7 @@ Input: an ONNX file. A session that fell back to another provider would be measu
 shipped for something it is not, so a fallback is an error here.
 """
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ PROVIDERS: Mapping[str, str] = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
-_ERRORS_ONLY = 3  # ONNX Runtime's severity
+_SILENT = 4  # ONNX Runtime's severity: fatal errors only
 
 
 class SessionError(InputError):
@@ -55,6 +56,7 @@ def check_provider(provider: str) -> None:
     import onnxruntime
 
     one_of(provider, PROVIDERS, what="provider")
+    onnxruntime.set_default_logger_severity(_SILENT)  # what fails is told once, by us
     present = onnxruntime.get_available_providers()
     if PROVIDERS[provider] not in present:
         raise MachineError(
@@ -63,6 +65,32 @@ def check_provider(provider: str) -> None:
             hint="pip uninstall onnxruntime && pip install onnxruntime-gpu"
             if provider != "cpu"
             else None,
+        )
+    if provider != "cpu":
+        _try(provider)
+
+
+def _try(provider: str) -> None:
+    """Open the smallest graph there is: a provider may be built in, and its libraries missing."""
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1]) for n in ("x", "y")]
+    node = helper.make_node("Relu", ["x"], ["y"])
+    graph = helper.make_graph([node], "smallest", ends[:1], ends[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _SILENT
+    with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):  # noqa: PTH123  # they print
+        session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=[PROVIDERS[provider]]
+        )
+    got = session.get_providers()[0]
+    if got != PROVIDERS[provider]:
+        raise MachineError(
+            f"provider '{provider}' was asked for, and ONNX Runtime fell back to {got}",
+            hint="its libraries (CUDA, cuDNN, TensorRT) or the GPU are missing; see "
+            "https://onnxruntime.ai/docs/execution-providers",
         )
 
 
@@ -95,7 +123,7 @@ class Session:
         self.path = path
         self.provider = provider
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = _ERRORS_ONLY
+        options.log_severity_level = _SILENT
         options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         if provider != "cpu":
@@ -117,8 +145,7 @@ class Session:
         if got[0] != wanted:
             raise MachineError(
                 f"provider '{provider}' was asked for, and ONNX Runtime fell back to {got[0]}",
-                hint="its libraries (CUDA, cuDNN, TensorRT) are missing or do not fit; see "
-                "onnxruntime.ai/docs/execution-providers",
+                hint="not all of the graph can run there",
             )
 
     @property
