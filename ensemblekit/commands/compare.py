@@ -175,7 +175,7 @@ def compare(
         found.warnings += fresh_warnings(snapshots)
         comparison = found.to_json()
         _explain(comparison, found)
-        comparison["decision"]["next"] = _next(comparison, selection, folder)
+        comparison["decision"]["next"] = _next(comparison, selection, folder, model)
         comparison |= {"command": list(command), "request": request}
         comparison = finite(comparison)
         if folder is not None:
@@ -308,21 +308,46 @@ def _explain(comparison: dict[str, Any], found: Comparison) -> None:
 
 
 def _next(
-    comparison: Mapping[str, Any], selection: Selection | None, folder: Path | None
+    comparison: Mapping[str, Any],
+    selection: Selection | None,
+    folder: Path | None,
+    model: ModelOptions,
 ) -> str | None:
-    """The command that makes the file to ship; None where the members are files already."""
+    """The command that makes the file to ship; None where it cannot be typed."""
     ship = comparison["decision"]["ship"]
     row = next((row for row in comparison["candidates"] if row["name"] == ship), None)
-    if row is None or folder is None or row["kind"] == "ensemble":
+    if row is None or folder is None:
+        return None
+    ensemble = row["kind"] == "ensemble"
+    if ensemble and not isinstance(model.model, str):
         return None
     name = ship.replace("/", "_")
     for ending in (".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".tar"):
         name = name.removesuffix(ending)
-    words = ["ensemblekit", "average", *row["snapshots"], "--candidate", ship]
-    words += ["--from", str(folder / JSON_NAME), "-o", f"{name}.safetensors"]
+    verb, ending = ("export", ".onnx") if ensemble else ("average", ".safetensors")
+    words = ["ensemblekit", verb, *row["snapshots"], "--candidate", ship]
+    words += ["--from", str(folder / JSON_NAME), "-o", f"{name}{ending}"]
+    words += _model_flags(model) if ensemble else []
     if selection is not None and selection.weights != "auto":
         words += ["--weights", selection.weights]
     return shlex.join(words)
+
+
+def _model_flags(model: ModelOptions) -> list[str]:
+    """What an export needs besides: the model, and data to verify with."""
+    words = ["--model", str(model.model)]
+    for key, value in model.model_args.items():
+        words += ["--model-arg", f"{key}={value!r}"]
+    split = "val" if isinstance(model.val_data, str) else "test"
+    given = {f"{split}_data": getattr(model, f"{split}_data"), "logits": model.logits}
+    if model.task != "auto":
+        given["task"] = model.task
+    if model.ignore_index != ModelOptions.ignore_index:
+        given["ignore_index"] = str(model.ignore_index)
+    for name, value in given.items():
+        if isinstance(value, str):
+            words += [f"--{name.replace('_', '-')}", value]
+    return words
 
 
 def finite(value: Any) -> Any:
