@@ -14,7 +14,7 @@ from ensemblekit.errors import UsageError
 
 _SOURCES = Path(__file__).parent.parent / "demo_files"
 _FILES = ("train.py", "ensemblekit.toml")
-_MADE = ("ckpts/*.pt", "averaged.safetensors", "averaged.safetensors.json")
+_MADE = ("ckpts/*.pt", "averaged.safetensors", "averaged.safetensors.json", "model.onnx*")
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,11 @@ def steps(seed: int) -> list[Step]:
             "Compare snapshots, averages and ensembles, and decide what to ship.",
             "ensemblekit compare ckpts/",
             (*ensemblekit, "compare", "ckpts/"),
+        ),
+        Step(
+            "Export the average as ONNX; the file is run beside the model before it appears.",
+            "ensemblekit export averaged.safetensors -o model.onnx",
+            (*ensemblekit, "export", "averaged.safetensors", "-o", "model.onnx"),
         ),
     ]
 
