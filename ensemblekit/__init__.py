@@ -15,8 +15,13 @@ if TYPE_CHECKING:
     from ensemblekit.commands.average import average as average
     from ensemblekit.commands.compare import CompareOptions as CompareOptions
     from ensemblekit.commands.compare import compare as compare
+    from ensemblekit.commands.export import ExportOptions as ExportOptions
+    from ensemblekit.commands.export import export as export
     from ensemblekit.commands.result import AverageResult as AverageResult
+    from ensemblekit.commands.verify import verify_file as verify_file
     from ensemblekit.discovery import discover as discover
+    from ensemblekit.ensemble_module import EnsembleModule as EnsembleModule
+    from ensemblekit.ensemble_module import Head as Head
     from ensemblekit.errors import EnsembleKitError as EnsembleKitError
     from ensemblekit.options import ModelOptions as ModelOptions
     from ensemblekit.selection import Selection as Selection
@@ -30,6 +35,9 @@ _PUBLIC: dict[str, str] = {
     "Candidate": "ensemblekit.candidates",
     "EnsembleKitError": "ensemblekit.errors",
     "CompareOptions": "ensemblekit.commands.compare",
+    "EnsembleModule": "ensemblekit.ensemble_module",
+    "ExportOptions": "ensemblekit.commands.export",
+    "Head": "ensemblekit.ensemble_module",
     "ModelOptions": "ensemblekit.options",
     "Row": "ensemblekit.candidates",
     "Selection": "ensemblekit.selection",
@@ -39,7 +47,9 @@ _PUBLIC: dict[str, str] = {
     "average": "ensemblekit.commands.average",
     "compare": "ensemblekit.commands.compare",
     "discover": "ensemblekit.discovery",
+    "export": "ensemblekit.commands.export",
     "recompute_bn": "ensemblekit.batchnorm",
+    "verify_file": "ensemblekit.commands.verify",
 }
 
 

@@ -124,7 +124,7 @@ class Session:
         self.provider = provider
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _SILENT
-        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+        options.intra_op_num_threads = threads or _cores()
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         if provider != "cpu":
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
@@ -178,6 +178,13 @@ class Session:
                 f"ONNX Runtime fails on {self.path.name} with inputs of shapes "
                 f"{', '.join(str(list(v.shape)) for v in feed.values())}: {_words(error)}"
             ) from error
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _slot(value: Any) -> Slot:
