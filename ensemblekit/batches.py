@@ -61,6 +61,22 @@ class Batch:
             inputs = tuple(_cut(value, self.size, count) for value in self.inputs)
         return Batch(inputs, _cut(self.target, self.size, count), count)
 
+    def sized(self, count: int) -> "Batch":
+        """So many samples: the first ones, or all of them again and again."""
+        if count <= self.size:
+            return self.head(count)
+        index_N = torch.arange(count) % self.size
+
+        def take(value: Any) -> Any:
+            per_sample = isinstance(value, torch.Tensor) and value.ndim and len(value) == self.size
+            return value[index_N] if per_sample else value
+
+        if isinstance(self.inputs, dict):
+            inputs: Any = {key: take(value) for key, value in self.inputs.items()}
+        else:
+            inputs = tuple(take(value) for value in self.inputs)
+        return Batch(inputs, take(self.target), count)
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -3,7 +3,8 @@
 Input: arrays from `state`, a module from `targets`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,17 @@ def to_torch(array: npt.NDArray[Any]) -> torch.Tensor:
     name = "complex32" if array.dtype.names else array.dtype.name
     carrier = array.view({1: np.uint8, 2: np.int16, 4: np.int32}[array.dtype.itemsize])
     return torch.from_numpy(carrier).view(getattr(torch, name))
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """torch's transformer layers as plain operators, not as one fused operator without a formula."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(value=False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(value=before)
 
 
 def device_from_name(name: str, local_rank: int = 0) -> torch.device:

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 
 from ensemblekit import decision as deciding
-from ensemblekit import environment, evaluation, families, latency, metrics, sections
+from ensemblekit import environment, evaluation, families, latency, metrics, operations, sections
 from ensemblekit.candidates import Candidate, Member, one_hot
 from ensemblekit.contest import Contest, used_snapshots, weights_json
 from ensemblekit.decision import Budget, Option
 from ensemblekit.errors import UsageError
 from ensemblekit.predictions import Predictions
+from ensemblekit.runtimes.torch_eager import member_loops
 from ensemblekit.scoring import Mix, Scores, combined_log_probs
 from ensemblekit.targets import user_code
 
@@ -299,18 +300,17 @@ class Comparison:
             self.warnings.append("latency was not measured: the members do not fit into memory")
             return _Times({}, None, self.budget.latency_batch)
         models = [models[m % len(models)] for m in range(most)]
-        flops = latency.flops(models[0], bench.example, bench.device)
+        flops = operations.flops(models[0], bench.example, bench.device)
         sizes = sorted({1, self.budget.latency_batch, min(bench.options.batch_size, 32)})
         found = {}
         for size in sizes:  # every number of members for the budget's batch, the ends elsewhere
             wanted = counts if size == self.budget.latency_batch else sorted({1, most} & {*counts})
-            found[size] = latency.measure(
-                models,
-                wanted,
-                bench.example,
-                size,
+            found[size] = member_loops(
+                {count: models[:count] for count in wanted},
+                bench.example.sized(size),
                 device=bench.device,
                 precision=bench.builder.precision,
+                effort=latency.QUICK,
             )
         return _Times(found, flops, self.budget.latency_batch)
 

@@ -7,6 +7,7 @@ Legend of shapes: M members, N samples, C classes, labels or values; `...` are p
 tasks, in the place where the model has them.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -109,6 +110,41 @@ class EnsembleModule(nn.Module):
         if self.head.plain:
             return outputs[0]
         return self.head(torch.stack(outputs))
+
+
+class FusedEnsemble(nn.Module):
+    """M members of one architecture as one call: weights stacked, `torch.func.vmap` over them.
+
+    Args:
+        members: In eval mode, with equal shapes.
+        head: How their outputs become one.
+        logits: Entry of a dict output that holds the logits.
+    """
+
+    def __init__(
+        self, members: Sequence[nn.Module], head: Head, *, logits: str | None = None
+    ) -> None:
+        super().__init__()
+        self.head = head
+        self.logits = logits
+        parameters, buffers = torch.func.stack_module_state(list(members))
+        names = [*parameters, *buffers]
+        for place, name in enumerate(names):  # names with dots are no names of buffers
+            value = parameters[name] if name in parameters else buffers[name]
+            self.register_buffer(f"stacked_{place}", value.detach())
+        self._names = names
+        self._skeleton = [copy.deepcopy(members[0]).to("meta")]  # in a list: no part of the state
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The combined output (N, C, ...)."""
+        stacked = {name: getattr(self, f"stacked_{n}") for n, name in enumerate(self._names)}
+
+        def one(state: dict[str, torch.Tensor]) -> torch.Tensor:
+            made = torch.func.functional_call(self._skeleton[0], state, args, kwargs)
+            return logits_of(made, self.logits)
+
+        outputs_MNC = torch.func.vmap(one, randomness="same")(stacked)
+        return outputs_MNC[0] if self.head.plain else self.head(outputs_MNC)
 
 
 class OneOutput(nn.Module):

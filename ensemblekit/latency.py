@@ -1,54 +1,91 @@
-"""Owns simple latency figures of models in eager torch: what one more member costs.
+"""Owns the stopwatch: how long something takes, how sure that is, and fair turns among rivals.
 
-Input: ready members and one batch of real data. Members run one after the other, as a plain
-service would run them.
+Input: functions that do one run each. What they run, and on which device, is not known here; a
+clock says when a run is over.
+
+A run is timed from its call until its results are there. Rivals take turns, so that a machine that
+slows down slows all of them. Each is warmed up until its median stands still, then all are run until
+the medians are known to a relative standard error, or time is up.
 """
 
+import math
 import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-import torch
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+import numpy.typing as npt
 
-from ensemblekit.batches import Batch, forward
+Name = TypeVar("Name", bound=Hashable)
+Run = Callable[[], Any]
+Clock = Callable[[Run], float]
+"""`clock(run)` makes one run and returns its milliseconds."""
 
-_WARM_UP = 3
-_LEAST, _MOST = 3, 100  # iterations
-_SECONDS = 0.3  # for one batch size, all candidates together
-_OPAQUE = ("_transformer_encoder_layer_fwd", "_native_multi_head_attention", "mkldnn_rnn_layer")
+_STILL = 0.05  # change of the median between two windows of the warm-up
+_WINDOW = 3  # runs
+_OUTLIER = 3.0  # interquartile ranges above the third quartile
+_MANY_OUTLIERS = 0.02  # share that is worth a warning
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure.
+
+    Attributes:
+        seconds: For all rivals together, the warm-up left out.
+        error: Relative standard error of the median that is enough.
+        least: Runs of each at least.
+        most: Runs of each at most.
+        warm_up_s: For all rivals together, at most; each runs once in any case.
+    """
+
+    seconds: float = 3.0
+    error: float = 0.005
+    least: int = 10
+    most: int = 10_000
+    warm_up_s: float = 3.0
+
+
+QUICK = Effort(seconds=0.3, error=0.02, least=3, most=100, warm_up_s=0.15)
+"""For a cost column: tells twice as slow, not 2%."""
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Wall times of one candidate at one batch size, inputs on the device already.
+    """Times of one rival.
 
     Attributes:
-        batch_size: Samples.
+        batch_size: Samples in a run.
+        warmup: Runs before.
         iterations: Timed runs.
         mean_ms: Their mean.
         p50_ms: Their median.
         p95_ms: Their 95th percentile.
         p99_ms: Their 99th percentile.
+        error: Relative standard error of the median.
+        outliers: Share of runs far above the others (3 interquartile ranges above the third quartile).
     """
 
     batch_size: int
+    warmup: int
     iterations: int
     mean_ms: float
     p50_ms: float
     p95_ms: float
     p99_ms: float
+    error: float
+    outliers: float
 
     @property
     def throughput_per_s(self) -> float:
         """Samples a second at the median."""
         return self.batch_size / self.p50_ms * 1000
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether so many runs were far above the others that something else was running."""
+        return self.iterations >= 20 and self.outliers > _MANY_OUTLIERS
 
     def to_json(self) -> dict[str, float | int]:
         """The contract's keys."""
@@ -56,127 +93,136 @@ class Latency:
 
 
 def measure(
-    models: Sequence[nn.Module],
-    counts: Sequence[int],
-    example: Batch,
-    batch_size: int,
+    runs: Mapping[Name, Run],
     *,
-    device: torch.device,
-    precision: Callable[[], AbstractContextManager[torch.dtype | None]],
-) -> Mapping[int, Latency]:
-    """Time a single model and ensembles of several sizes, interleaved.
+    clock: Clock,
+    batch_size: int,
+    effort: Effort | None = None,
+    between: Run | None = None,
+) -> dict[Name, Latency]:
+    """Time rivals in turns.
 
     Args:
-        models: As many as the largest of `counts`; distinct, so that caches see real traffic.
-        counts: Numbers of members to time.
-        example: Real inputs; repeated or cut to `batch_size`.
+        runs: One run of each.
+        clock: Times one.
         batch_size: Samples in a run.
-        device: Where the models are.
-        precision: Context that gives the autocast type.
+        effort: How long; `Effort()` when None.
+        between: Called before each timed run, outside of the time: to clear caches.
 
     Returns:
-        Latency by number of members.
+        Latency of each.
     """
-    batch = sized(example, batch_size).to(device)
-    most = max(counts)
-    times: dict[int, list[float]] = {count: [] for count in counts}
-    with torch.inference_mode(), precision() as autocast:
-        cast = torch.autocast(device.type, autocast, autocast is not None)
-        with cast:
-            start = time.perf_counter()
-            for _ in range(_WARM_UP):
-                _run(models[:most], batch, device)
-                if time.perf_counter() - start > _SECONDS / 2:
-                    break
-            end = time.perf_counter() + _SECONDS
-            for done in range(_MOST):
-                if done >= _LEAST and time.perf_counter() > end:
-                    break
-                after = _run(models[:most], batch, device)
-                # One model alone has its weights in the cache, which the first of many has not.
-                after[0] = _run(models[:1], batch, device)[0]
-                for count in counts:
-                    times[count].append(after[count - 1])
-    return {count: _summary(batch_size, values) for count, values in times.items()}
+    effort = effort or Effort()
+    before = dict.fromkeys(runs, 0)
+    for name, run in runs.items():
+        before[name] = _warm_up(run, clock, effort.warm_up_s / max(len(runs), 1))
+    times: dict[Name, list[float]] = {name: [] for name in runs}
+    end, done, check = time.perf_counter() + effort.seconds, 0, effort.least
+    while done < effort.most:
+        for name, run in runs.items():
+            if between is not None:
+                between()
+            times[name].append(clock(run))
+        done += 1
+        if done < effort.least:
+            continue
+        if time.perf_counter() > end:
+            break
+        if done >= check:  # sorting is work, too: not after each round
+            check = math.ceil(done * 1.2)
+            if all(median_error(np.array(own)) <= effort.error for own in times.values()):
+                break
+    return {
+        name: summary(np.array(own), batch_size=batch_size, warmup=before[name])
+        for name, own in times.items()
+    }
 
 
-def _run(models: Sequence[nn.Module], batch: Batch, device: torch.device) -> list[float]:
-    """Milliseconds from the call until the result of each further model is there."""
-    _synchronize(device)
-    start = time.perf_counter_ns()
-    after = []
-    for model in models:
-        forward(model, batch)
-        _synchronize(device)
-        after.append((time.perf_counter_ns() - start) / 1e6)
-    return after
+def _warm_up(run: Run, clock: Clock, seconds: float) -> int:
+    """Runs until two windows in a row have the same median; returns how many."""
+    end = time.perf_counter() + seconds
+    done, last = 0, math.inf
+    while True:
+        window = []
+        for _ in range(_WINDOW):
+            window.append(clock(run))
+            done += 1
+            if time.perf_counter() > end:
+                return done
+        median = float(np.median(window))
+        if abs(median - last) <= _STILL * median:
+            return done
+        last = median
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
+def median_error(times_ms: npt.NDArray[np.float64]) -> float:
+    """Relative standard error of the median, from the order statistics around it.
+
+    The number of times below the median is binomial (n, 1/2); the values one standard deviation,
+    sqrt(n)/2, to either side of the middle bound the median's standard error without assuming a
+    distribution. Infinite for fewer than 3 times.
+    """
+    n = len(times_ms)
+    if n < 3:
+        return math.inf
+    ordered = np.sort(times_ms)
+    reach = max(1.0, math.sqrt(n) / 2)
+    low = max(0, math.floor((n - 1) / 2 - reach))
+    high = min(n - 1, math.ceil((n - 1) / 2 + reach))
+    return float((ordered[high] - ordered[low]) / 2 / np.median(ordered))
+
+
+def summary(times_ms: npt.NDArray[np.float64], *, batch_size: int, warmup: int = 0) -> Latency:
+    """The figures of some times."""
+    p25, p50, p75, p95, p99 = (float(v) for v in np.percentile(times_ms, [25, 50, 75, 95, 99]))
+    outliers = float((times_ms > p75 + _OUTLIER * (p75 - p25)).mean())
+    return Latency(
+        batch_size,
+        warmup,
+        len(times_ms),
+        float(times_ms.mean()),
+        p50,
+        p95,
+        p99,
+        median_error(times_ms),
+        outliers,
+    )
+
+
+def ratio(one: Latency, other: Latency) -> tuple[float, float]:
+    """How many times longer `one` takes than `other`, and the standard error of that."""
+    value = one.p50_ms / other.p50_ms
+    return value, value * math.hypot(one.error, other.error)
+
+
+def wall_clock(synchronize: Callable[[], None] | None = None) -> Clock:
+    """A clock of the CPU; `synchronize` returns when all work that was started is done."""
+
+    def clock(run: Run) -> float:
+        if synchronize is not None:
+            synchronize()
+        start = time.perf_counter_ns()
+        run()
+        if synchronize is not None:
+            synchronize()
+        return (time.perf_counter_ns() - start) / 1e6
+
+    return clock
+
+
+def cuda_clock(device: Any) -> Clock:
+    """A clock of a GPU's own events: without the time that Python takes to see the end."""
+    import torch
+
+    def clock(run: Run) -> float:
+        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+        stream = torch.cuda.current_stream(device)
+        start.record(stream)
+        run()
+        end.record(stream)
+        torch.cuda.synchronize(device)
+        return float(start.elapsed_time(end))
 
-
-def _summary(batch_size: int, values_ms: list[float]) -> Latency:
-    p50, p95, p99 = (float(v) for v in np.percentile(values_ms, [50, 95, 99]))
-    return Latency(batch_size, len(values_ms), float(np.mean(values_ms)), p50, p95, p99)
-
-
-def sized(example: Batch, batch_size: int) -> Batch:
-    """The example cut or repeated to a number of samples."""
-    if batch_size <= example.size:
-        return example.head(batch_size)
-    index = torch.arange(batch_size) % example.size
-
-    def take(value: Any) -> Any:
-        per_sample = isinstance(value, torch.Tensor) and value.ndim and len(value) == example.size
-        return value[index] if per_sample else value
-
-    if isinstance(example.inputs, dict):
-        inputs: Any = {key: take(value) for key, value in example.inputs.items()}
-    else:
-        inputs = tuple(take(value) for value in example.inputs)
-    return Batch(inputs, take(example.target), batch_size)
-
-
-class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types here
-    """Sums torch's own formulas over the operators that run; `opaque` are those without one."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.total = 0
-        self.opaque = False
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # true, the default, imports the compiler: a second for nothing
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        found = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=found)
-        self.opaque |= str(func).split(".")[1] in _OPAQUE
-        return found
-
-
-def flops(model: nn.Module, example: Batch, device: torch.device) -> int | None:
-    """Floating-point operations of one sample (a multiply-add is two), None where torch cannot count.
-
-    Counted with gradients on: torch then takes the path of plain operators, which have formulas,
-    and not one fused operator for a whole layer, which has none.
-    """
-    batch = sized(example, 1).to(device)
-    rnn = torch.backends.mkldnn.flags(enabled=False)  # the same for recurrent layers
-    try:
-        with warnings.catch_warnings(), torch.enable_grad():
-            warnings.simplefilter("ignore")  # about the other switches of `flags`
-            with rnn, _Counter() as counter:
-                forward(model, batch)
-    except Exception:  # noqa: BLE001  # a figure that is nice to have; the model runs elsewhere
-        return None
-    return None if counter.opaque else counter.total
+    return clock

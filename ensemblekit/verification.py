@@ -19,7 +19,6 @@ from torch import nn
 from ensemblekit.batches import Batch, forward
 from ensemblekit.graphs.interface import inputs_of
 from ensemblekit.graphs.template import Interface
-from ensemblekit.latency import sized
 from ensemblekit.runtimes.onnx_runtime import Session, SessionError
 from ensemblekit.tasks import IGNORED
 
@@ -179,7 +178,7 @@ def verify(
             raise _NoError("session", error.message) from error
         _check_interface(session, interface)
         for size in batch_sizes:
-            batch = sized(samples.first, size)
+            batch = samples.first.sized(size)
             wanted = _torch(module, batch)
             try:
                 got = _onnx(session, interface, batch)

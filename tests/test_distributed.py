@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -79,6 +80,24 @@ def in_order(split):
     x, y = data(split)
     order = y.argsort()
     return list(zip(x[order].split(150), y[order].split(150)))
+
+
+def own_order(split):
+    """Shuffled with a seed of each process."""
+    x, y = data(split)
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(int(RANK)))
+    return x[order], y[order]
+
+
+def own_labels(split):
+    x, y = data(split)
+    return x, (y + int(RANK)) % 3
+
+
+def own_share(split):
+    """A part of the data in each process, with the same first batch."""
+    x, y = data(split)
+    return x[: 300 - int(RANK)], y[: 300 - int(RANK)]
 
 
 def note(pid):
@@ -633,6 +652,38 @@ def test_a_wrong_model_is_named(project: Project, tmp_path: Path) -> None:
     assert "conv.weight" in error["message"]
     assert "conv.weight" in done.err  # the other process: its words are marked
     assert "[rank 1]" in done.err
+    assert_nothing_written(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "command, target",
+    [("compare", "own_order"), ("compare", "own_share"), ("average", "own_labels")],
+)
+def test_data_that_differ_between_processes_are_refused(
+    project: Project, tmp_path: Path, command: str, target: str
+) -> None:
+    output = {"compare": ["-o", "out", "--cache-dir", "cache"], "average": ["-o", "a.safetensors"]}
+    args = [command, project.checkpoints, *output[command], "--json"]
+    flags = [*project.flags("data", train=None), "--val-data", project.target(target)]
+    began = time.monotonic()
+    done = torchrun(*args, *flags, cwd=tmp_path)
+    assert time.monotonic() - began < LONGEST_S
+    assert done.code != 0
+    assert "bug in ensemblekit" not in done.err, done.err
+    assert f'File "{helpers.ROOT / "ensemblekit"}' not in done.err, done.err
+    codes = set(re.findall(r"exitcode +: (-?\d+)", done.err))
+    assert "3" in codes, done.err
+    assert codes <= {"3", "-15"}, done.err  # 15: the first to end has the other ended
+    said = "the val data are not the same in all processes"
+    errors = [line for line in done.err.splitlines() if "error: " in line]
+    assert all(line.startswith(f"[rank 1] error: {said}") for line in errors), done.err
+    assert len(errors) <= 1
+    assert errors or done.out
+    if done.out:
+        error = one_object(done.out)["error"]
+        assert error["kind"] == "bad-input"
+        assert error["message"].startswith(said)
+        assert "seed the data target" in error["hint"]
     assert_nothing_written(tmp_path)
 
 

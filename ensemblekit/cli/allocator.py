@@ -12,6 +12,7 @@ import sys
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 _KEPT, _LARGEST = 1 << 30, 1 << 29  # bytes: free memory kept at most; blocks kept at all
+_OLD_LARGEST = 1 << 25  # what glibc before 2.35 accepts
 
 
 def keep_freed_memory() -> None:
@@ -24,5 +25,6 @@ def keep_freed_memory() -> None:
         return
     with contextlib.suppress(AttributeError, OSError):  # another libc
         mallopt = ctypes.CDLL(None).mallopt
+        if not mallopt(_MMAP_THRESHOLD, _LARGEST):
+            mallopt(_MMAP_THRESHOLD, _OLD_LARGEST)
         mallopt(_TRIM_THRESHOLD, _KEPT)
-        mallopt(_MMAP_THRESHOLD, _LARGEST)

@@ -330,6 +330,8 @@ def _next(
     words += _model_flags(model) if ensemble else []
     if selection is not None and selection.weights != "auto":
         words += ["--weights", selection.weights]
+    if selection is not None and selection.every is not None:
+        words += ["--every", "1"]  # the files are named already; a setting must not thin them again
     return shlex.join(words)
 
 

@@ -4,13 +4,13 @@ Input: members and a head. Which is faster depends on the runtime, the provider 
 it is measured on the provider that will serve it, at batch size 1.
 """
 
-import time
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -21,11 +21,10 @@ from ensemblekit.graphs import saving
 from ensemblekit.graphs.interface import inputs_of
 from ensemblekit.graphs.making import Made, Maker
 from ensemblekit.graphs.template import EXPORTERS, OPSET, Exporter, Interface
-from ensemblekit.latency import sized
+from ensemblekit.latency import Effort, measure, wall_clock
 from ensemblekit.runtimes.onnx_runtime import Session, SessionError
 
-_SECONDS = 0.4  # for all variants together
-_ROUNDS = 5  # at least
+_EFFORT = Effort(seconds=1.0, error=0.01, least=5, warm_up_s=0.3)
 _WORTH = 0.98  # of the plainer graph's latency: less gain is no reason for a less plain graph
 
 Say = Callable[[str], None]
@@ -135,7 +134,7 @@ def _fastest(
     if len(variants) == 1:
         return variants[0]
     say(f"measuring {len(variants)} graphs on {provider}")
-    times = _times(variants, interface, sized(batch, 1), folder, provider)
+    times = _times(variants, interface, batch.sized(1), folder, provider)
     best = 0
     for n in range(1, len(variants)):  # from the plainest on
         if times[n] < _WORTH * times[best]:
@@ -147,7 +146,7 @@ def _fastest(
             "fused": variants[n].fuse,
             "batch_size": 1,
             "provider": provider,
-            "p50_ms": times[n] if np.isfinite(times[n]) else None,
+            "p50_ms": times[n] if math.isfinite(times[n]) else None,
         }
         for n in order
     ]
@@ -170,15 +169,8 @@ def _times(
             sessions.append(opened)
         except SessionError:
             sessions.append(None)
-    times: list[list[float]] = [[] for _ in variants]
-    end, done = time.perf_counter() + _SECONDS, 0
-    while done < _ROUNDS or time.perf_counter() < end:
-        for session, own in zip(sessions, times, strict=True):
-            if session is not None:
-                start = time.perf_counter_ns()
-                session.run(inputs)
-                own.append((time.perf_counter_ns() - start) / 1e6)
-        done += 1
+    runs = {n: partial(s.run, inputs) for n, s in enumerate(sessions) if s is not None}
+    found = measure(runs, clock=wall_clock(), batch_size=1, effort=_EFFORT)
     for path in folder.glob("variant*"):
         path.unlink()
-    return [float(np.median(own)) if own else float("inf") for own in times]
+    return [found[n].p50_ms if n in found else math.inf for n in range(len(variants))]

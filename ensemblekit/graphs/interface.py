@@ -15,7 +15,6 @@ from torch import nn
 from ensemblekit.batches import Batch
 from ensemblekit.errors import InputError, UsageError, one_of
 from ensemblekit.graphs.template import Interface, Port
-from ensemblekit.latency import sized
 
 _SPEC = re.compile(r"^(?P<name>[^:\[\]]+):(?P<dtype>\w+)\[(?P<dims>[^\]]*)\]$")
 _DTYPES = ("float32", "float16", "float64", "int64", "int32", "bool", "uint8")
@@ -201,7 +200,7 @@ def generated(
 
 def example_of(batch: Batch, interface: Interface) -> list[torch.Tensor]:
     """Tensors to export with, one a port."""
-    few = sized(batch, _EXAMPLE)
+    few = batch.sized(_EXAMPLE)
     if isinstance(few.inputs, dict):
         assert interface.keywords is not None
         return [few.inputs[name] for name in interface.keywords]

@@ -21,6 +21,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from ensemblekit.build import plain_attention
 from ensemblekit.ensemble_module import OneOutput
 from ensemblekit.errors import IncompatibleError, UnsupportedError
 
@@ -183,7 +184,7 @@ def _export(
 ) -> ir.Model:
     names = [port.name for port in interface.ports]
     try:
-        with _silence(), torch.enable_grad():  # without it, fused operators that nobody exports
+        with _silence(), plain_attention():
             if exporter == "dynamo":
                 return _by_dynamo(module, example, interface, names, opset)
             return _by_torchscript(module, example, interface, names, opset)

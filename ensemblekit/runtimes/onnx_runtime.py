@@ -6,7 +6,7 @@ shipped for something it is not, so a fallback is an error here.
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,7 @@ class Session:
         threads: Of one operator; all cores when None.
         spinning: Whether idle threads wait actively: faster for one service, slower for whatever
             else runs on the machine.
+        tf32: Whether a GPU may use it.
 
     Raises:
         MachineError: The provider is missing, or ONNX Runtime fell back to another one.
@@ -116,6 +117,7 @@ class Session:
         *,
         threads: int | None = None,
         spinning: bool = False,
+        tf32: bool = False,
     ) -> None:
         import onnxruntime
 
@@ -129,7 +131,7 @@ class Session:
         if provider != "cpu":
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         wanted = PROVIDERS[provider]
-        settings: dict[str, Any] = {"use_tf32": 0} if provider == "cuda" else {}
+        settings: dict[str, Any] = {"use_tf32": int(tf32)} if provider == "cuda" else {}
         try:
             self._session = onnxruntime.InferenceSession(
                 str(path), options, providers=[(wanted, settings)]
@@ -163,6 +165,28 @@ class Session:
         """Facts in the file."""
         found: Mapping[str, str] = self._session.get_modelmeta().custom_metadata_map
         return found
+
+    def bound(self, inputs: Mapping[str, torch.Tensor]) -> Callable[[], list[npt.NDArray[Any]]]:
+        """A function that runs with inputs that are in place already; its output comes to the CPU."""
+        import onnxruntime
+
+        binding = self._session.io_binding()
+        device = "cpu" if self.provider == "cpu" else "cuda"
+        for name, value in inputs.items():
+            array = value.detach().cpu().contiguous().numpy()
+            binding.bind_ortvalue_input(
+                name, onnxruntime.OrtValue.ortvalue_from_numpy(array, device, 0)
+            )
+        for slot in self.outputs:
+            binding.bind_output(slot.name, device)
+
+        def run() -> list[npt.NDArray[Any]]:
+            self._session.run_with_iobinding(binding)
+            if device != "cpu":
+                binding.synchronize_outputs()
+            return [np.asarray(v) for v in binding.copy_outputs_to_cpu()]
+
+        return run
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> list[npt.NDArray[Any]]:
         """All outputs for inputs by name.

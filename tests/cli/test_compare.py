@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,10 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ensemblekit.cli.main import run
+from ensemblekit.commands.report_folder import read_statistics
 from tests import comparing, helpers
 from tests.comparing import CODE, PROBLEMS, Problem, save
 
@@ -168,6 +172,79 @@ def test_added_averages(here: Path, call: Call) -> None:
     rows = {row["name"]: row for row in read()["candidates"]}
     assert rows["mine"]["coefficients"] == [0.25, 0.75]
     assert rows["other"]["coefficients"] == [0.5, 0.5]
+
+
+# ------------------------------------------------------------------------ the next command
+
+PICKED: dict[str, tuple[list[str], str, set[int]]] = {  # flags, weights, snapshots that are left
+    "exclude": (["--exclude", "snap_1*"], "ema_state_dict", {2, 3}),
+    "exclude twice": (["--exclude", "snap_2.pt", "--exclude", "*_3.pt"], "ema_state_dict", {1}),
+    "weights": (["--weights", "state_dict"], "state_dict", {1, 2, 3}),
+    "weights by role": (["--weights", "model"], "state_dict", {1, 2, 3}),
+    "both": (["--exclude", "snap_3.pt", "--weights", "state_dict"], "state_dict", {1, 2}),
+    "last": (["--last", "2", "--weights", "ema"], "ema_state_dict", {2, 3}),
+    "every": (["--every", "2"], "ema_state_dict", {1, 3}),
+}
+
+
+@pytest.fixture
+def two_kinds(here: Path, snapshots: Sequence[comparing.Weights]) -> Path:
+    """Each file has two sets of weights, all of them noisy: a mean is surely better than one."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noisy() -> comparing.Weights:
+        found = dict(snapshots[-1])
+        for key, value in found.items():
+            noise = torch.randn(value.shape, generator=generator)
+            if "running" in key:
+                found[key] = value * (0.2 * noise).exp()
+            elif value.is_floating_point():
+                found[key] = value + 0.6 * noise
+        return found
+
+    for number in (1, 2, 3):
+        state = {"step": 100 * number, "state_dict": noisy(), "ema_state_dict": noisy()}
+        torch.save(state, here / "ckpts" / f"snap_{number}.pt")
+    return here
+
+
+def assert_made(made: Path, row: dict[str, Any], weights: str) -> None:
+    """The file holds the weights of the row, and the statistics that were measured."""
+    states = [torch.load(path)[weights] for path in row["snapshots"]]
+    assert len(states) == len(row["coefficients"])
+    found = load_file(made)
+    assert found.keys() == states[0].keys()
+    fresh = read_statistics(Path("out"), read())
+    own = [key for key in fresh if key.startswith(f"{row['name']}/0/")]
+    assert bool(own) == (row["batch_norm"]["policy"] == "recomputed")
+    for key, value in found.items():
+        if f"{row['name']}/0/{key}" in fresh:
+            measured = fresh[f"{row['name']}/0/{key}"].view(value.numpy().dtype)
+            np.testing.assert_array_equal(value.numpy().ravel(), measured.ravel(), key)
+        elif value.is_floating_point() and ("running" not in key or len(states) == 1):
+            parts = zip(row["coefficients"], states, strict=True)
+            mean = torch.stack([c * state[key].double() for c, state in parts]).sum(0)
+            torch.testing.assert_close(value, mean.float(), rtol=1e-6, atol=1e-7, msg=key)
+
+
+@pytest.mark.parametrize("case", PICKED)
+def test_the_next_command_makes_what_was_measured(two_kinds: Path, call: Call, case: str) -> None:
+    """Run as it is printed, whatever flags picked the snapshots."""
+    flags, weights, left = PICKED[case]
+    code, out, err = call(*ALL, *flags, "--candidates", "singles,averages", "--metric", "nll")
+    assert code == 0, err
+    value = read()
+    assert {helpers.numbers_of([s["name"]])[0] for s in value["snapshots"]} == left
+    (printed,) = [line for line in out.splitlines() if line.startswith("next: ")]
+    words = shlex.split(printed.removeprefix("next: "))
+    assert shlex.join(words) == value["decision"]["next"]
+    assert words[:2] == ["ensemblekit", "average"]
+    code, _, err = call(*words[1:])
+    assert code == 0, err
+    row = next(row for row in value["candidates"] if row["name"] == value["decision"]["ship"])
+    assert row["kind"] == ("single" if len(left) == 1 else "averaged")
+    (made,) = Path().glob("*.safetensors")
+    assert_made(made, row, weights)
 
 
 # --------------------------------------------------------------------- passes and the cache

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ensemblekit import ModelOptions
@@ -60,6 +61,8 @@ def diagnosed(
     rates: list[float] | None = None,
     with_train: bool = True,
     val: Any = None,
+    model: nn.Module | None = None,
+    safetensors: bool = False,
 ) -> dict[str, Any] | None:
     folder = tmp_path / "ckpts"
     folder.mkdir()
@@ -67,9 +70,12 @@ def diagnosed(
         value: dict[str, Any] = {"state_dict": state, "epoch": k}
         if rates is not None:
             value["optimizer"] = {"state": {}, "param_groups": [{"lr": rates[k], "params": []}]}
-        torch.save(value, folder / f"model_{k}.pt")
+        if safetensors:
+            save_file(state, folder / f"model_{k}.safetensors")
+        else:
+            torch.save(value, folder / f"model_{k}.pt")
     options = ModelOptions(
-        model=net(norm=norm, depth=depth),
+        model=model or net(norm=norm, depth=depth),
         train_data=data("train") if with_train else None,
         val_data=val or data("val"),
         test_data=data("test"),
@@ -127,6 +133,58 @@ def test_permuted_channels(tmp_path: Path, norm: bool) -> None:
     )
     assert found is not None
     assert found["verdict"] == "permuted"
+
+
+class Named(nn.Module):
+    """The same network with names whose alphabetical order is not that of the layers."""
+
+    def __init__(self, *, norm: bool) -> None:
+        super().__init__()
+        self.stem, *rest, self.classifier = net(norm=norm, depth=2)
+        self.middle = nn.Sequential(*rest)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.classifier(self.middle(self.stem(x)))
+        return out
+
+    @staticmethod
+    def named(state: State, seed: int | None = None) -> State:
+        """What `net` calls 0, 1, ...; with a seed both hidden layers are in another order."""
+        generator = torch.Generator().manual_seed(seed or 0)
+        orders = torch.stack([torch.randperm(32, generator=generator) for _ in range(2)])
+        first, second = torch.arange(32).expand(2, 32) if seed is None else orders
+        last = max(int(key.split(".")[0]) for key in state)
+        middle = min(int(k.split(".")[0]) for k, v in state.items() if v.shape == (32, 32))
+        found: State = {}
+        for key, value in state.items():
+            number, what = key.split(".")
+            place = int(number)
+            if place in (middle, last) and what == "weight":
+                value = value[:, first if place == middle else second]  # noqa: PLW2901
+            if place < last and value.ndim:
+                value = value[first if place < middle else second]  # noqa: PLW2901
+            name = {0: "stem", last: "classifier"}.get(place, f"middle.{place - 1}")
+            found[f"{name}.{what}"] = value.contiguous()
+        return found
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_permuted_channels_of_files_in_alphabetical_order(tmp_path: Path, norm: bool) -> None:
+    """A .safetensors file has the head first, and layers whose inputs are permuted as well."""
+    states = train(0, norm=norm, depth=2, snapshots=3)
+    orders = (None, 1, 2)
+    states = [Named.named(s, seed) for s, seed in zip(states, orders, strict=True)]
+    model = Named(norm=norm)
+    found = diagnosed(tmp_path, states, model=model, safetensors=True)
+    keys = [
+        k for k, v in load_file(tmp_path / "ckpts" / "model_0.safetensors").items() if v.ndim > 1
+    ]
+    assert keys[0] == "classifier.weight"
+    assert keys[-1] == "stem.weight"
+    assert found is not None
+    assert found["verdict"] == "permuted"
+    ends = [found["path"][0], found["path"][-1]]
+    assert all(p["metric_averaged_bn"] > 0.8 for p in ends)
 
 
 def test_stale_statistics(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def test_the_serving_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     argv += ["--input", "input:float32[batch,3,8,8]", "--class-names", "names.txt"]
     assert run(argv) == 0
     names: dict[str, object] = {}
-    exec(code, names)  # noqa: S102  # our own documentation
+    exec(code, names)  # our own documentation
     images = np.random.default_rng(0).normal(size=(5, 3, 8, 8)).astype(np.float32)
     with torch.inference_mode():
         mean = sum(torch.softmax(m(torch.from_numpy(images)), 1) for m in models)

@@ -1,0 +1,144 @@
+"""Owns running members in plain torch, one after the other: what everything else is compared with.
+
+Input: work. Half precisions are those of the weights, not of autocast: what a service would do.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ensemblekit.batches import Batch, forward
+from ensemblekit.ensemble_module import EnsembleModule, FusedEnsemble
+from ensemblekit.latency import Clock, Effort, Latency, cuda_clock, measure, wall_clock
+from ensemblekit.runtimes import Session, Work
+
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def unavailable(_: torch.device) -> str | None:
+    """It runs everywhere."""
+    return None
+
+
+def open_sessions(work: Work) -> list[Session]:
+    """The loop over members."""
+    module = EnsembleModule(members_in(work), work.head, logits=work.logits).eval()
+    clock = device_clock(work.device)
+    return [Session("torch", "loop", work.device.type, runner(module, work), clock)]
+
+
+def members_in(work: Work) -> list[nn.Module]:
+    """The members with weights in the precision that was asked for."""
+    dtype = HALVES.get(work.precision)
+    if dtype is None:
+        return list(work.members)
+    return [copy.deepcopy(member).to(dtype) for member in work.members]
+
+
+def executions(work: Work) -> dict[str, nn.Module]:
+    """The members in a loop and, where there are several, as one call."""
+    members = members_in(work)
+    found: dict[str, nn.Module] = {
+        "loop": EnsembleModule(members, work.head, logits=work.logits).eval()
+    }
+    if len(members) > 1:
+        found["fused"] = FusedEnsemble(members, work.head, logits=work.logits).eval()
+    return found
+
+
+def runner(module: nn.Module, work: Work) -> Callable[[Batch], Callable[[], Any]]:
+    """`prepare` of a session that calls a module."""
+
+    def prepare(batch: Batch) -> Callable[[], Any]:
+        placed = in_precision(batch.to(work.device), work.precision)
+
+        def run() -> Any:
+            with torch.inference_mode():
+                return forward(module, placed)
+
+        return run
+
+    return prepare
+
+
+def in_precision(batch: Batch, precision: str) -> Batch:
+    """The batch with its floating-point inputs in the members' precision."""
+    dtype = HALVES.get(precision)
+    if dtype is None:
+        return batch
+
+    def cast(value: Any) -> Any:
+        floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return value.to(dtype) if floating else value
+
+    if isinstance(batch.inputs, dict):
+        inputs: Any = {key: cast(value) for key, value in batch.inputs.items()}
+    else:
+        inputs = tuple(cast(value) for value in batch.inputs)
+    return Batch(inputs, batch.target, batch.size)
+
+
+def device_clock(device: torch.device) -> Clock:
+    """How a run on that device is timed."""
+    if device.type == "cuda":
+        return cuda_clock(device)
+    if device.type == "mps":
+        return wall_clock(torch.mps.synchronize)
+    return wall_clock()
+
+
+@contextmanager
+def tf32(*, on: bool) -> Iterator[None]:
+    """TF32 on or off, put back afterwards."""
+    switches: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = on
+    try:
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value
+
+
+def member_loops(
+    ensembles: Mapping[int, Sequence[nn.Module]],
+    batch: Batch,
+    *,
+    device: torch.device,
+    precision: Callable[[], AbstractContextManager[torch.dtype | None]],
+    effort: Effort,
+) -> dict[int, Latency]:
+    """Latency of the plain loop over several ensembles, under the autocast that predictions ran in.
+
+    Args:
+        ensembles: Models by some key, usually their number.
+        batch: Samples of a run.
+        device: Where the models are.
+        precision: Context that gives the autocast type.
+        effort: How long to measure.
+    """
+    placed = batch.to(device)
+
+    def loop(models: Sequence[nn.Module]) -> Callable[[], None]:
+        def run() -> None:
+            for model in models:
+                forward(model, placed)
+
+        return run
+
+    with (
+        torch.inference_mode(),
+        precision() as autocast,
+        torch.autocast(device.type, autocast, autocast is not None),
+    ):
+        return measure(
+            {key: loop(models) for key, models in ensembles.items()},
+            clock=device_clock(device),
+            batch_size=batch.size,
+            effort=effort,
+        )
