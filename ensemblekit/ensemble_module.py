@@ -45,6 +45,14 @@ class Head:
 
     def __post_init__(self) -> None:
         one_of(self.kind, OUTPUT_KINDS, what="--output-kind")
+        if self.combiner is not None:
+            tasks = combiners.combiner(self.combiner).tasks
+            if self.task not in tasks:
+                raise UsageError(
+                    f"the combiner '{self.combiner}' is none for {self.task}; it is for "
+                    f"{', '.join(tasks)}",
+                    hint="--combiner mean",
+                )
         if self.kind == "logits":
             return
         if self.task == "regression":

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ensemblekit.batches import Batch, forward
+from ensemblekit.errors import NotFiniteError
 from ensemblekit.graphs.interface import inputs_of
 from ensemblekit.graphs.template import Interface
 from ensemblekit.runtimes.onnx_runtime import Session, SessionError
@@ -178,24 +179,15 @@ def verify(
             raise _NoError("session", error.message) from error
         _check_interface(session, interface)
         for size in batch_sizes:
-            batch = samples.first.sized(size)
-            wanted = _torch(module, batch)
-            try:
-                got = _onnx(session, interface, batch)
-            except SessionError as error:
-                raise _NoError("batch sizes", f"batch size {size}: {error.message}") from error
-            if got.shape != wanted.shape:
-                raise _NoError(
-                    "batch sizes",
-                    f"batch size {size}: the output has shape {got.shape}, torch's {wanted.shape}",
-                )
+            wanted, got = _both(module, session, interface, samples.first.sized(size))
             # The same samples in other batches: differences count, decisions once.
             once = not samples.real and size == max(batch_sizes)
             sides.compare(wanted, got, None, counted=once)
             found.batch_sizes.append(size)
         if samples.real:
             for batch in samples.batches():
-                sides.compare(_torch(module, batch), _onnx(session, interface, batch), batch.target)
+                wanted, got = _both(module, session, interface, batch)
+                sides.compare(wanted, got, batch.target)
         sides.conclude(found)
         found.passed = True
     except _NoError as no:
@@ -235,11 +227,17 @@ class _Sides:
     ) -> None:
         """Add one batch; `counted`: its decisions, too."""
         wanted, got = wanted.astype(np.float64), got.astype(np.float64)
-        if not np.isfinite(got[np.isfinite(wanted)]).all():
-            raise _NoError("numbers", "ONNX Runtime gives NaN or Inf where torch does not")
+        if np.isnan(wanted).any():
+            raise NotFiniteError(
+                "the model's output contains NaN: nothing can be compared with it",
+                hint="check the checkpoints and the data in torch first",
+            )
         finite = np.isfinite(wanted)
+        if (np.isfinite(got) != finite).any() or (got[~finite] != wanted[~finite]).any():
+            raise _NoError("numbers", "NaN or Inf in ONNX Runtime's output and not in torch's")
         if finite.any():
-            self.difference = max(self.difference, float(np.abs(wanted - got)[finite].max()))
+            apart = np.abs(wanted[finite] - got[finite])
+            self.difference = max(self.difference, float(apart.max()))
             self.largest = max(self.largest, float(np.abs(wanted[finite]).max()))
         if not counted:
             return
@@ -331,11 +329,15 @@ def _check_file(path: Path) -> None:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         place = {entry.key: entry.value for entry in tensor.external_data}
-        data = path.parent / place["location"]
-        if data.parent != path.parent:
-            raise _NoError("file", f"'{tensor.name}' lies in another folder: {place['location']}")
+        location = place.get("location", "")
+        data = path.parent / location
+        if not location or data.parent != path.parent:
+            raise _NoError("file", f"'{tensor.name}' lies in no file beside it: '{location}'")
         size = data.stat().st_size if data.is_file() else None
-        end = int(place.get("offset", 0)) + int(place.get("length", 0))
+        try:
+            end = int(place.get("offset", 0)) + int(place.get("length", 0))
+        except ValueError as error:
+            raise _NoError("file", f"'{tensor.name}' has no place in {location}") from error
         if size is None or end > size:
             shown = "is not there" if size is None else f"has {size:,} bytes"
             raise _NoError(
@@ -375,15 +377,28 @@ def _check_interface(session: Session, interface: Interface) -> None:
         raise _NoError("interface", f"the output's batch size is frozen at {first}")
 
 
+def _both(
+    module: nn.Module, session: Session, interface: Interface, batch: Batch
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """A batch in torch and in ONNX Runtime; the outputs have the same shape."""
+    wanted = _torch(module, batch)
+    try:
+        got = session.run(inputs_of(batch, interface))[0]
+    except SessionError as error:
+        raise _NoError("batch sizes", f"batch size {batch.size}: {error.message}") from error
+    if got.shape != wanted.shape:
+        raise _NoError(
+            "batch sizes",
+            f"batch size {batch.size}: the output has shape {got.shape}, torch's {wanted.shape}",
+        )
+    return wanted, got
+
+
 def _torch(module: nn.Module, batch: Batch) -> npt.NDArray[Any]:
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     with torch.inference_mode():
         made: torch.Tensor = forward(module, batch.to(device))
     return made.float().cpu().numpy()
-
-
-def _onnx(session: Session, interface: Interface, batch: Batch) -> npt.NDArray[Any]:
-    return session.run(inputs_of(batch, interface))[0]
 
 
 def _words(error: BaseException) -> str:

@@ -513,10 +513,10 @@ def test_the_tolerance_of_a_precision(precision: str) -> None:
         assert passes or (found.failed or ("", ""))[0] == "numbers"
 
 
-def test_nan_on_both_sides_is_equal() -> None:
+def test_a_model_that_gives_nan_is_no_reference() -> None:
     nan = float("nan")
-    found = compared([[1.0, nan], [0, 1], [3, 0]], [[1.0, nan], [0, 1], [3, 0]], "fp32")
-    assert found.passed, found.failed
+    with pytest.raises(NotFiniteError, match="NaN"):
+        compared([[1.0, nan], [0, 1], [3, 0]], [[1.0, nan], [0, 1], [3, 0]], "fp32")
 
 
 def test_infinity_on_both_sides_has_the_same_sign() -> None:
@@ -526,10 +526,11 @@ def test_infinity_on_both_sides_has_the_same_sign() -> None:
     assert not compared(rows, [[1.0, inf], [0, 1], [3, 0]], "fp32").passed
 
 
-def test_a_number_where_torch_has_nan_is_caught() -> None:
+def test_nan_where_torch_has_a_number_is_caught() -> None:
     nan = float("nan")
-    found = compared([[1.0, nan], [0, 1], [3, 0]], [[1.0, 0.5], [0, 1], [3, 0]], "fp32")
-    assert not found.passed
+    found = compared([[1.0, 0.5], [0, 1], [3, 0]], [[1.0, nan], [0, 1], [3, 0]], "fp32")
+    assert found.failed is not None
+    assert found.failed[0] == "numbers"
 
 
 class Total(nn.Module):

@@ -207,7 +207,10 @@ def _facts(meta: tuple[str, ...], class_names: str | None) -> dict[str, str]:
         path = Path(class_names)
         if not path.is_file():
             raise UsageError(f"--class-names {path}: there is no such file")
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except ValueError as error:
+            raise UsageError(f"--class-names {path}: it is no UTF-8 text") from error
         try:
             names = json.loads(text)
         except ValueError:

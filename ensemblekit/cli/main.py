@@ -33,6 +33,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "ensemblekit.cli.compare",
         "Compare snapshots, averages and ensembles, and decide what to ship.",
     ),
+    "bench": (
+        "ensemblekit.cli.bench",
+        "Measure latency, throughput and memory on every runtime.",
+    ),
     "export": (
         "ensemblekit.cli.export",
         "Export an average or an ensemble as one verified ONNX file.",
@@ -42,6 +46,18 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 _ISSUES = "https://github.com/ensemblekit/ensemblekit/issues"
+
+
+class _Interrupts:
+    """Whether Ctrl-C was pressed: libraries swallow the exception, or make another one of it."""
+
+    seen = False
+
+    @classmethod
+    def note(cls, _signal: int, _frame: FrameType | None) -> None:
+        """The handler of SIGINT."""
+        cls.seen = True
+        raise KeyboardInterrupt
 
 
 class _Terminated(BaseException):
@@ -98,6 +114,8 @@ def run(argv: list[str]) -> int:
             stream.reconfigure(errors="backslashreplace")
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, _terminate)
+        signal.signal(signal.SIGINT, _Interrupts.note)
+    _Interrupts.seen = False
     try:
         result = cli.main(args=argv, prog_name="ensemblekit", standalone_mode=False)
         sys.stdout.flush()
@@ -110,8 +128,7 @@ def run(argv: list[str]) -> int:
     except click.ClickException as error:
         return _report(_from_click(error), as_json=as_json)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; nothing half-written is left behind", err=True)
-        return 130
+        return _interrupted()
     except _Terminated:
         click.echo("terminated; nothing half-written is left behind", err=True)
         return 143
@@ -128,6 +145,8 @@ def run(argv: list[str]) -> int:
     except OSError as error:
         return _report(MachineError(str(error)), as_json=as_json)
     except Exception:  # noqa: BLE001  # the one place where our own bugs come out
+        if _Interrupts.seen:
+            return _interrupted()
         traceback.print_exc()
         click.echo(
             f"\nThis is a bug in ensemblekit {__version__}. Please report it, with the "
@@ -137,7 +156,14 @@ def run(argv: list[str]) -> int:
         return 1
 
 
+def _interrupted() -> int:
+    click.echo("interrupted; nothing half-written is left behind", err=True)
+    return 130
+
+
 def _report(error: EnsembleKitError, *, as_json: bool) -> int:
+    if _Interrupts.seen:
+        return _interrupted()
     place = int(os.environ.get("RANK", "0")) if "MASTER_ADDR" in os.environ else 0
     if as_json and place == 0:
         body = {"kind": error.kind, "message": error.message, "hint": error.hint}

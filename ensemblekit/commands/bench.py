@@ -198,7 +198,7 @@ def _subjects(
         candidate=options.candidate,
         ensemble=options.ensemble,
         coefficients=options.coefficients,
-        combiner=options.combiner,
+        combiner=options.combiner if options.ensemble else "mean",
         inputs=options.inputs,
         bn="average",
     )

@@ -50,7 +50,7 @@ def take(name: str, source: Path, found: SnapshotSet) -> Chosen:
         IncompatibleError: A snapshot is missing, or its file has changed.
     """
     path = source / JSON_NAME if source.is_dir() else source
-    comparison = _read(path)
+    comparison = read(path)
     rows = {row["name"]: row for row in comparison["candidates"]}
     one_of(name, rows, what=f"candidate of {path}")
     candidate = Candidate.from_json(rows[name]["candidate"])
@@ -78,7 +78,13 @@ def take(name: str, source: Path, found: SnapshotSet) -> Chosen:
     return Chosen(restricted, snapshots, statistics, rows[name]["batch_norm"]["samples"])
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
+    """A comparison.
+
+    Raises:
+        UsageError: There is no such file.
+        InputError: It is no comparison.
+    """
     if not path.is_file():
         raise UsageError(
             f"--from {path}: there is no such file", hint="ensemblekit compare makes it"

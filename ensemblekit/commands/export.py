@@ -5,6 +5,7 @@ faster graph first, plainer ones and the other exporter after it. The first that
 is written.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from ensemblekit.batches import Plan, batches
 from ensemblekit.cache import Cache
 from ensemblekit.candidates import Candidate, Row, mean_row, one_hot
 from ensemblekit.combiners import combiner as known_combiner
-from ensemblekit.commands import chosen, provenance
+from ensemblekit.commands import chosen, provenance, triton
 from ensemblekit.commands.bn_plan import plan_bn
 from ensemblekit.commands.measure import measure
 from ensemblekit.discovery import discover
@@ -41,7 +42,7 @@ from ensemblekit.snapshots import SnapshotSet
 from ensemblekit.tasks import logits_of
 from ensemblekit.verification import Samples, Verification, verify
 from ensemblekit.workbench import Workbench
-from ensemblekit.writers import read_manifest
+from ensemblekit.writers import manifest_path, read_manifest
 
 LEAST_OPSET, MOST_OPSET = 18, 23
 _BF16_OPSET = 22  # the first in which convolutions know the type
@@ -93,6 +94,8 @@ class ExportOptions:
         one_of(self.fuse, ("auto", "on", "off"), what="--fuse")
         one_of(self.precision, precisions.PRECISIONS, what="precision")
         known_combiner(self.combiner)
+        if self.combiner != "mean" and not self.ensemble:
+            raise UsageError(f"--combiner {self.combiner} goes with --ensemble")
         kinds = (self.candidate is not None, self.ensemble, self.coefficients is not None)
         if sum(kinds) > 1:
             raise UsageError("only one of --candidate, --ensemble and --coefficients")
@@ -258,7 +261,7 @@ def _candidate(
 
         row = rule("weighted")(snapshots, coefficients=options.coefficients)
     plan = plan_bn(snapshots, row, options.bn, model, warnings)
-    name = "average" if row.only is None else snapshots.snapshots[row.only].name
+    name = "average" if row.only is None else snapshots.snapshots[row.only].path.name
     if not plan.recompute:
         policy: Any = "averaged" if plan.stale else "none"
         return Candidate(name, (_as_one_hot(row),), (policy,)), snapshots, [None]
@@ -344,46 +347,62 @@ def export(
     snapshots = discover(*paths, selection=selection)
     request = _request(snapshots, model, options)
     if not force and (done := _up_to_date(path, request)) is not None:
+        _check_strict(done.warnings, strict=strict)
         return done
-    _check_free(path, snapshots, force=force)
+    _check_free(path, snapshots, options, force=force)
     found = subject(snapshots, model, options, progress)
-    if strict and found.warnings:
-        raise CheckFailedError(f"--strict: {found.warnings[0]}")
+    _check_strict(found.warnings, strict=strict)
     with saving.workshop(path) as folder:
         made, choice, verification, tried = _first_that_passes(
             found, options, folder, path, progress
         )
         file = folder / path.name
         result = _result(found, options, made, choice, verification, tried, file)
+        _check_strict(result.warnings, strict=strict)
         if dry_run:
             return result
         result = replace(result, output=str(path))
         if options.triton is not None:
-            from ensemblekit.commands.triton import write_repository
-
-            result = replace(
-                result,
-                triton=str(
-                    write_repository(
-                        Path(options.triton), path.stem, file, options.provider, force=force
-                    )
-                ),
-            )
+            result = replace(result, triton=str(Path(options.triton) / path.stem))
         manifest = {
             "ensemblekit": __version__,
             **result.to_json(),
             "versions": _versions(),
             "command": list(command),
             "request": request,
+            "external_sha256": None
+            if result.external_data is None
+            else saving.digest(file.with_name(result.external_data)),
         }
-        saving.publish(file, path, manifest)
+        with contextlib.ExitStack() as stack:
+            put = None
+            if options.triton is not None:
+                repository = triton.made(Path(options.triton), path.stem, file, options.provider)
+                put = stack.enter_context(repository)
+            saving.publish(file, path, manifest)
+            if put is not None:
+                put()
     return result
 
 
-def _check_free(path: Path, snapshots: SnapshotSet, *, force: bool) -> None:
+def _check_strict(warnings: Sequence[str], *, strict: bool) -> None:
+    if strict and warnings:
+        raise CheckFailedError(f"--strict: {warnings[0]}")
+
+
+def _check_free(path: Path, snapshots: SnapshotSet, options: ExportOptions, *, force: bool) -> None:
     inputs = [source.path for s in snapshots.snapshots for source in s.sources]
-    for name in (path.name, saving.data_name(path.name)):
-        check_output(path.with_name(name), inputs=inputs, force=force)
+    outputs = [path, path.with_name(saving.data_name(path.name)), manifest_path(path)]
+    if options.keep_failed:
+        outputs.append(_failed(path))
+    for output in outputs:
+        check_output(output, inputs=inputs, force=force)
+    if options.triton is not None:
+        triton.check_free(Path(options.triton), path.stem, force=force)
+
+
+def _failed(output: Path) -> Path:
+    return output.with_name(f"{output.stem}.failed.onnx")
 
 
 def _first_that_passes(
@@ -424,7 +443,7 @@ def _first_that_passes(
             return choice.made, choice, verification, tried
         failed = file
     if failed is not None and options.keep_failed:
-        kept = output.with_name(f"{output.stem}.failed.onnx")
+        kept = _failed(output)
         _keep(failed, kept)
         where = f"; the last graph is kept as {kept}"
     else:
@@ -448,7 +467,10 @@ def choice_failed(attempt: Mapping[str, Any]) -> bool:
 
 def _advice(reason: str) -> str | None:
     if "frozen" in reason or reason.startswith("batch sizes"):
-        return "the model's code makes a number of a size: use x.shape[0], not len(x) or int(...)"
+        return (
+            "the model's code makes a number of a size (use x.shape[0], not len(x) or int(...)), or "
+            "other axes than the first are open, too: --input 'NAME:TYPE[batch,length]'"
+        )
     if reason.startswith("session"):
         return "another --provider or --precision"
     return None
@@ -501,7 +523,10 @@ def _metadata(found: Subject, options: ExportOptions) -> dict[str, str]:
     facts = {
         "version": __version__,
         "candidate": found.candidate.to_json(),
-        "snapshots": [s.path.name for s in found.snapshots.snapshots],
+        "snapshots": [
+            {"file": s.path.name, "sha256": s.digest(), "weights": s.variant}
+            for s in found.snapshots.snapshots
+        ],
         "output": found.head.output_name,
         "task": found.head.task,
         "precision": options.precision,
@@ -577,8 +602,14 @@ def _request(snapshots: SnapshotSet, model: ModelOptions, options: ExportOptions
     shown = {name: value for name, value in vars(options).items() if name != "keep_failed"}
     found["export"] = json.loads(json.dumps(shown, default=list))
     if options.candidate is not None:
+        chosen.read(_comparison(options.candidate[1]))
         found["comparison"] = provenance.file_digest(Path(options.candidate[1]))
     return found
+
+
+def _comparison(source: str) -> Path:
+    path = Path(source)
+    return path / "comparison.json" if path.is_dir() else path
 
 
 def _up_to_date(path: Path, request: Mapping[str, Any]) -> ExportResult | None:
@@ -586,6 +617,14 @@ def _up_to_date(path: Path, request: Mapping[str, Any]) -> ExportResult | None:
     if earlier is None or not path.is_file() or earlier.get("request") != request:
         return None
     if earlier.get("sha256") != saving.digest(path):
+        return None
+    data = path.with_name(saving.data_name(path.name))
+    if (saving.digest(data) if data.is_file() else None) != earlier.get("external_sha256"):
+        return None
+    if (
+        earlier.get("triton") is not None
+        and not (Path(earlier["triton"]) / triton.CONFIG).is_file()
+    ):
         return None
     names = ExportResult.__dataclass_fields__
     try:

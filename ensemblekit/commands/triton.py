@@ -4,7 +4,10 @@ Input: a finished ONNX file. The form follows Triton's documentation (model conf
 Runtime backend); no server takes part here.
 """
 
+import secrets
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ensemblekit.errors import UsageError
@@ -24,33 +27,68 @@ _TYPES = {
     "tensor(bool)": "TYPE_BOOL",
 }
 _MAX_BATCH = 64
+CONFIG = "config.pbtxt"
 
 
-def write_repository(folder: Path, name: str, file: Path, provider: str, *, force: bool) -> Path:
-    """`FOLDER/NAME/config.pbtxt` and `FOLDER/NAME/1/model.onnx`.
+def check_free(folder: Path, name: str, *, force: bool) -> None:
+    """Refuse a repository that cannot take the model.
 
     Raises:
-        UsageError: The model is there already.
+        UsageError: The folder is a file, or the model is there already.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--triton {folder}: it is a file", hint="name a folder")
+    if (folder / name).exists() and not force:
+        raise UsageError(
+            f"--triton: {folder / name} exists already", hint="another name with -o, or --force"
+        )
+
+
+@contextmanager
+def made(folder: Path, name: str, file: Path, provider: str) -> Iterator[Callable[[], None]]:
+    """A model that is ready to be put into a repository: `FOLDER/NAME/1/model.onnx` and its config.
+
+    Args:
+        folder: The repository.
+        name: Of the model.
+        file: The ONNX file.
+        provider: That it will be served on.
+
+    Returns:
+        A function that puts it in its place; without that nothing is left.
+
+    Raises:
         MachineError: The machine said no.
     """
     place = folder / name
-    if place.exists() and not force:
-        raise UsageError(
-            f"--triton: {place} exists already", hint="another name with -o, or --force"
-        )
-    session = Session(file, "cpu" if provider == "cpu" else provider)
+    session = Session(file, provider)
     text = config(name, session.inputs, session.outputs, gpu=provider != "cpu")
+    near = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    temporary = near / f".{name}.{secrets.token_hex(6)}.tmp"
+
+    def put() -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if place.exists():
+                shutil.rmtree(place)
+            temporary.rename(place)
+        except OSError as error:
+            raise from_os_error(error, place, doing="write") from error
+
     try:
-        version = place / "1"
-        version.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, version / "model.onnx")
-        data = file.with_name(data_name(file.name))
-        if data.exists():
-            shutil.copyfile(data, version / data.name)
-        (place / "config.pbtxt").write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise from_os_error(error, place, doing="write") from error
-    return place
+        try:
+            version = temporary / "1"
+            version.mkdir(parents=True)
+            shutil.copyfile(file, version / "model.onnx")
+            data = file.with_name(data_name(file.name))
+            if data.exists():
+                shutil.copyfile(data, version / data.name)
+            (temporary / CONFIG).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise from_os_error(error, place, doing="write") from error
+        yield put
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def config(name: str, inputs: tuple[Slot, ...], outputs: tuple[Slot, ...], *, gpu: bool) -> str:

@@ -13,11 +13,12 @@ from typing import Any
 from ensemblekit.candidates import Candidate
 from ensemblekit.commands.export import ExportOptions, checked, subject
 from ensemblekit.discovery import discover
-from ensemblekit.errors import UsageError
+from ensemblekit.errors import IncompatibleError, UsageError, listing
+from ensemblekit.graphs.precision import PRECISIONS
 from ensemblekit.options import ModelOptions, Progress
 from ensemblekit.runtimes.onnx_runtime import check_provider
 from ensemblekit.selection import Selection
-from ensemblekit.snapshots import SnapshotSet
+from ensemblekit.snapshots import Snapshot, SnapshotSet
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,13 @@ def verify_file(
         options,
         output_kind=output_kind
         or ("logits" if facts.get("output") != "probabilities" else "probabilities"),
-        precision=precision or facts.get("precision", "fp32"),
+        precision=precision or _known(facts.get("precision")),
     )
     paths = [checkpoints] if isinstance(checkpoints, str | os.PathLike) else list(checkpoints)
     snapshots = discover(*paths, selection=selection)
-    free = options.candidate is None and not options.ensemble and options.coefficients is None
-    candidate = _candidate(facts, snapshots) if free else None
+    candidate = None
+    if options.candidate is None and not options.ensemble and options.coefficients is None:
+        candidate, snapshots = _candidate(path, facts, snapshots, model)
     # The ranges of activations are in the file: no training data are needed to compare.
     asked = replace(options, precision="fp32")
     found = subject(snapshots, model, asked, progress, candidate=candidate)
@@ -85,6 +87,11 @@ def verify_file(
     return VerifyResult(
         str(path), verification.to_json(), found.candidate.to_json(), tuple(found.warnings)
     )
+
+
+def _known(precision: object) -> str:
+    """The precision that a file names, where it is one."""
+    return precision if isinstance(precision, str) and precision in PRECISIONS else "fp32"
 
 
 def _facts(path: Path) -> Mapping[str, Any]:
@@ -100,13 +107,44 @@ def _facts(path: Path) -> Mapping[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-def _candidate(facts: Mapping[str, Any], snapshots: SnapshotSet) -> Candidate | None:
-    """The candidate that the file was made from, where it needs nothing but these snapshots."""
+def _candidate(
+    path: Path, facts: Mapping[str, Any], snapshots: SnapshotSet, model: ModelOptions
+) -> tuple[Candidate | None, SnapshotSet]:
+    """The candidate that the file says it was made from, over its snapshots.
+
+    Raises:
+        UsageError: Its BatchNorm statistics were recomputed, and there are no data to do it again.
+        IncompatibleError: A snapshot is not there, or has changed.
+    """
     try:
         candidate = Candidate.from_json(facts["candidate"])
-        names = list(facts["snapshots"])
+        named: list[tuple[str, object]] = [
+            (str(s["file"]), (s["sha256"], s["weights"])) for s in facts["snapshots"]
+        ]
+        policies = set(candidate.batch_norm)
+        if not policies <= {"none", "averaged", "recomputed"}:
+            return None, snapshots
+        if any(len(row.coefficients) != len(named) for row in candidate.rows):
+            return None, snapshots
     except (KeyError, TypeError, ValueError, AssertionError):
-        return None
-    if names != [s.path.name for s in snapshots.snapshots] or "recomputed" in candidate.batch_norm:
-        return None
-    return candidate
+        return None, snapshots
+    now: dict[object, Snapshot] = {s.path.name: s for s in snapshots.snapshots}
+    if [name for name, _ in named] == list(now):  # the same names: whether they are the same models
+        named = [(name, name) for name, _ in named]  # is what the numbers will tell
+    else:
+        now = {(s.digest(), s.variant): s for s in snapshots.snapshots}
+    missing = [name for name, key in named if key not in now]
+    if missing:
+        raise IncompatibleError(
+            f"{path} was made from {listing(missing)}, which is not among the {len(now)} snapshots "
+            "found, or has changed since",
+            hint="name the checkpoints it was made from; or say what it should be: --ensemble, "
+            "--coefficients",
+        )
+    if "recomputed" in policies and model.train_data is None:
+        raise UsageError(
+            f"the BatchNorm statistics of {path} were recomputed, and do not stand in the checkpoints",
+            hint="--candidate NAME --from comparison.json, or --train-data as in the export",
+        )
+    taken = tuple(now[key] for _, key in named)
+    return candidate, SnapshotSet(taken, snapshots.skipped, (), snapshots.ordered_by)

@@ -57,6 +57,7 @@ def fold_batch_norm(template: Template) -> Folding:
     model = template.model.clone()
     graph = model.graph
     opened = set(template.weights)
+    ports = list(graph.inputs)[: len(template.ports)]
     folds: list[_Fold] = []
     for node in list(graph):
         if node.op_type != "BatchNormalization":
@@ -91,8 +92,7 @@ def fold_batch_norm(template: Template) -> Folding:
         folds.append(fold)
     used = []
     for value in list(graph.inputs):
-        is_port = value.name not in opened and not any(value.name in f.made for f in folds)
-        if is_port:
+        if value in ports:
             continue
         if value.uses():
             used.append(str(value.name))

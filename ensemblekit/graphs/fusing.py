@@ -107,10 +107,11 @@ def _stacked_at(lift: Lift, value: Lifted, rank: int) -> ir.Value:
     return lift.add("Unsqueeze", [lift.one(value, Layout.STACKED), axes])
 
 
-def _as_channels(lift: Lift, value: Lifted, rank: int) -> ir.Value:
-    """A value that broadcasts against (N, K C, ...) of `rank` axes."""
+def _as_channels(lift: Lift, value: Lifted, rank: int, channels: int | None) -> ir.Value:
+    """A value that broadcasts against (N, K C, ...) of `rank` axes and C = `channels`."""
     if value.arrays is None:
-        if value.shared or _rank(value) != rank:
+        dims = value.dims
+        if value.shared or dims is None or len(dims) != rank or dims[1] != channels:
             raise CannotError
         return lift.one(value, Layout.CHANNELS)
     first = value.arrays[0]
@@ -123,8 +124,8 @@ def _as_channels(lift: Lift, value: Lifted, rank: int) -> ir.Value:
         raise CannotError
     if value.shared and wide[0].shape[1] == 1:
         return lift.one(value, Layout.SHARED)
-    if wide[0].shape[1] == 1:
-        raise CannotError  # one number a member for all of its channels, whose count is not here
+    if wide[0].shape[1] != channels:
+        raise CannotError  # one number a member for all of its channels
     return lift.number(np.concatenate(wide, axis=1), f"members.{value.template.name}")
 
 
@@ -136,10 +137,12 @@ def _unary(lift: Lift, node: ir.Node, inputs: Inputs) -> Sequence[Lifted] | None
     (first, *rest) = inputs
     if first is None or any(value is not None and not value.shared for value in rest):
         return None
+    if any(output.uses() for output in node.outputs[1:]):
+        return None  # the mask of a dropout
     layout = _stays(first)
     others = [None if v is None else lift.one(v, Layout.SHARED) for v in rest]
     made = lift.add(node.op_type, [lift.one(first, layout), *others], **_own(node))
-    return _result(node, layout, made)
+    return [*_result(node, layout, made)[:1], *(Lifted(o, {}) for o in node.outputs[1:])]
 
 
 @_rule
@@ -152,11 +155,15 @@ def _broadcasting(lift: Lift, node: ir.Node, inputs: Inputs) -> Sequence[Lifted]
         layout = Layout.CHANNELS
     if layout is Layout.CHANNELS:
         try:
-            made = [_as_channels(lift, value, rank) for value in values]
+            shape = node.outputs[0].shape
+            channels = None if shape is None or not isinstance(shape[1], int) else shape[1]
+            made = [_as_channels(lift, value, rank, channels) for value in values]
         except CannotError:
             layout = Layout.STACKED
     if layout is Layout.STACKED:
         made = [_stacked_at(lift, value, rank) for value in values]
+        if node.op_type == "PRelu" and values[0].shared:  # its slope may not have the higher rank
+            made[0] = lift.one(values[0], Layout.STACKED)
     return _result(node, layout, lift.add(node.op_type, made, **_own(node)))
 
 
@@ -259,7 +266,7 @@ def _along_axis(lift: Lift, node: ir.Node, inputs: Inputs) -> Sequence[Lifted] |
 def _reduce(lift: Lift, node: ir.Node, inputs: Inputs) -> Sequence[Lifted] | None:
     x, *rest = inputs
     axes = _ints(rest[0]) if rest else None
-    if x is None or axes is None:
+    if x is None or not axes:
         return None
     rank = _rank(x)
     axes = [_axis(axis, rank) for axis in axes]
@@ -320,12 +327,13 @@ def _reshape(lift: Lift, node: ir.Node, inputs: Inputs) -> Sequence[Lifted] | No
     return _result(node, Layout.STACKED, made)
 
 
-def _with_members(lift: Lift, shape: Lifted) -> ir.Value:
-    """A shape with K in front of it."""
+def _with_members(lift: Lift, shape: Lifted, *, ones: int = 0) -> ir.Value:
+    """A shape with K in front of it, and ones between where it is short."""
+    front_ = [lift.members, *[1] * ones]
     known = _ints(shape)
     if known is not None:
-        return lift.number(np.array([lift.members, *known], np.int64))
-    front = lift.number(np.array([lift.members], np.int64))
+        return lift.number(np.array([*front_, *known], np.int64))
+    front = lift.number(np.array(front_, np.int64))
     return lift.add("Concat", [front, lift.one(shape, Layout.SHARED)], axis=0)
 
 
@@ -435,8 +443,13 @@ def _expand(lift: Lift, node: ir.Node, inputs: Inputs) -> Sequence[Lifted] | Non
     x, shape = inputs
     if x is None or shape is None or not shape.shared:
         return None
-    value = _stacked_at(lift, x, max(_rank(x), _out_rank(node)))
-    return _result(node, Layout.STACKED, lift.add("Expand", [value, _with_members(lift, shape)]))
+    rank = _out_rank(node)
+    value = _stacked_at(lift, x, rank)
+    given = shape.dims
+    if given is None or given[0] is None:
+        return None
+    target = _with_members(lift, shape, ones=rank - given[0])
+    return _result(node, Layout.STACKED, lift.add("Expand", [value, target]))
 
 
 @_rule

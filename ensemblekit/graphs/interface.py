@@ -5,6 +5,7 @@ Input: an example batch, or what the user wrote after `--input`.
 
 import inspect
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,13 +54,14 @@ def parse_spec(text: str) -> Spec:
     dtype = one_of(match["dtype"], _DTYPES, what=f"type in --input {text}")
     dims: list[int | str] = []
     sizes = {}
-    for part in filter(None, (p.strip() for p in match["dims"].split(","))):
-        word, _, size = part.partition("=")
-        if word.isdigit() and int(word) > 0 and not size:
+    given = match["dims"].strip()
+    for part in (p.strip() for p in given.split(",")) if given else ():
+        word, equals, size = part.partition("=")
+        if word.isdecimal() and int(word) > 0 and not equals:
             dims.append(int(word))
-        elif word.isidentifier() and (not size or (size.isdigit() and int(size) > 0)):
+        elif word.isidentifier() and (not equals or (size.isdecimal() and int(size) > 0)):
             dims.append(word)
-            if size:
+            if equals:
                 sizes[word] = int(size)
         else:
             raise UsageError(
@@ -87,6 +89,9 @@ def interface_of(
         InputError: An input that is no tensor, or not what `--input` says.
     """
     parameters = _parameters(model)
+    for name, count in Counter(spec.port.name for spec in specs).items():
+        if count > 1:
+            raise UsageError(f"--input names '{name}' {count} times")
     if example is None:
         if not specs:
             raise UsageError(

@@ -14,6 +14,7 @@ something asks for them. For a value (N, C, ...) of one member:
 """
 
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any
@@ -106,10 +107,10 @@ class Lift:
         self.fused = 0
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         source = template.graph
-        ports = [v for v in source.inputs if v.name not in set(template.weights)]
+        ports = list(source.inputs)[: len(template.ports)]
         inputs = []
-        for port in ports:
-            made = ir.Value(name=port.name, shape=port.shape, type=port.type)
+        for name, port in zip(template.ports, ports, strict=True):
+            made = ir.Value(name=name, shape=port.shape, type=port.type)
             inputs.append(made)
             self.values[port] = Lifted(port, {Layout.SHARED: (made,)})
         self.graph = ir.Graph(
@@ -222,9 +223,11 @@ class Lift:
         code = hashlib.blake2b(array.reshape(-1).view(np.uint8), digest_size=16).digest()
         key = (array.dtype.str, array.shape, code)
         if key not in self._constants:
-            taken, base = self.graph.initializers, name
-            if name in taken:
-                name = f"{base}.{len(taken)}"
+            taken, base = {*self.graph.initializers, *self.template.ports}, name
+            for place in itertools.count(len(taken)):
+                if name not in taken:
+                    break
+                name = f"{base}.{place}"
             value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
             value.shape = ir.Shape(array.shape)
             value.type = ir.TensorType(value.const_value.dtype)  # type: ignore[union-attr]
@@ -284,7 +287,9 @@ def _stacked(lift: Lift, value: Lifted) -> tuple[ir.Value, ...]:
     if value.arrays is not None:
         return (lift.number(np.stack(value.arrays), f"members.{value.template.name}"),)
     if Layout.CHANNELS in value.forms:
-        return (_channels_to_stacked(lift, value),)
+        if _sizes_known(value):
+            return (_channels_to_stacked(lift, value),)
+        lift.get(value, Layout.SEPARATE)
     if Layout.SEPARATE in value.forms:
         parts = [lift.add("Unsqueeze", [v, first]) for v in value.forms[Layout.SEPARATE]]
         return (lift.add("Concat", parts, axis=0),)
@@ -300,10 +305,10 @@ def _channels(lift: Lift, value: Lifted) -> tuple[ir.Value, ...]:
             lift.number(np.concatenate(value.arrays, axis=1), f"members.{value.template.name}"),
         )
     if Layout.STACKED in value.forms or Layout.SHARED in value.forms:
+        if not _sizes_known(value):
+            return (lift.add("Concat", list(lift.get(value, Layout.SEPARATE)), axis=1),)
         dims = _dims(value)
-        K, C, spatial = lift.members, dims[1], dims[2:]
-        if C is None or sum(d is None for d in spatial) > 1:
-            raise CannotError
+        K, C, spatial = lift.members, dims[1] or 0, dims[2:]
         rank = len(dims)
         stacked = lift.one(value, Layout.STACKED)
         turned = lift.add("Transpose", [stacked], perm=[1, 0, *range(2, rank + 1)])
@@ -312,11 +317,15 @@ def _channels(lift: Lift, value: Lifted) -> tuple[ir.Value, ...]:
     return (lift.add("Concat", list(value.forms[Layout.SEPARATE]), axis=1),)
 
 
+def _sizes_known(value: Lifted) -> bool:
+    """Whether a reshape can tell members from channels: at most one size is open besides."""
+    dims = _dims(value)
+    return len(dims) > 1 and dims[1] is not None and sum(d is None for d in dims[2:]) <= 1
+
+
 def _channels_to_stacked(lift: Lift, value: Lifted) -> ir.Value:
     dims = _dims(value)
-    C, spatial = dims[1], dims[2:]
-    if C is None or sum(d is None for d in spatial) > 1:
-        raise CannotError
+    C, spatial = dims[1] or 0, dims[2:]
     shape = [0, lift.members, C, *(-1 if d is None else d for d in spatial)]
     parted = lift.add(
         "Reshape",

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import ml_dtypes
+import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import torch
@@ -74,11 +75,13 @@ class Template:
 
     Attributes:
         model: Its graph's inputs are the ports, then the weights; not to be changed.
+        ports: Names that its first inputs will have.
         weights: Names of the weights that the graph uses, as they are among its inputs.
         exporter: What made it.
     """
 
     model: ir.Model
+    ports: tuple[str, ...]
     weights: tuple[str, ...]
     exporter: Exporter
 
@@ -129,19 +132,21 @@ def export_template(
         value.shape = ir.Shape(tuple(tensor.shape))
         value.name = name.removeprefix("model.")
         graph.inputs.append(value)
-        opened.append(value.name)
+        opened.append(value)
     optimize(model)
-    used = [
-        name
-        for name, value in zip(opened, graph.inputs[len(interface.ports) :], strict=True)
-        if value.uses() or value.is_graph_output()
-    ]
-    for value in list(graph.inputs)[len(interface.ports) :]:
-        if value.name not in used:
+    used = []
+    for value in opened:
+        if value.uses() or value.is_graph_output():
+            used.append(str(value.name))
+        else:
             graph.inputs.remove(value)
-    for port, value in zip(interface.ports, graph.inputs, strict=False):
-        value.name = port.name
-    return Template(model, tuple(used), exporter)
+    present = {value.name for value in graph.inputs}
+    for place, (name, port) in enumerate(zip(_internal(interface), interface.ports, strict=True)):
+        if name not in present:  # the older exporter drops what is not used
+            value = ir.Value(name=name, shape=ir.Shape(port.dims))
+            value.type = ir.TensorType(ir.DataType.from_numpy(np.dtype(port.dtype)))
+            graph.inputs.insert(place, value)
+    return Template(model, tuple(port.name for port in interface.ports), tuple(used), exporter)
 
 
 def _distinct(module: nn.Module) -> nn.Module:
@@ -149,8 +154,8 @@ def _distinct(module: nn.Module) -> nn.Module:
     other = copy.deepcopy(module)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for tensor in (*other.parameters(), *other.buffers()):
-            if tensor.is_floating_point():
+        for tensor in other.state_dict(keep_vars=True).values():  # what is not in it is a constant
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
                 tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
     return other
 
@@ -174,6 +179,11 @@ def optimize(model: ir.Model) -> None:
         )
 
 
+def _internal(interface: Interface) -> list[str]:
+    """Names of the inputs while they are edited: an input may be called as a weight is."""
+    return [f"ensemblekit.port.{n}" for n in range(len(interface.ports))]
+
+
 def _export(
     module: nn.Module,
     example: Sequence[torch.Tensor],
@@ -182,7 +192,7 @@ def _export(
     exporter: Exporter,
     opset: int,
 ) -> ir.Model:
-    names = [port.name for port in interface.ports]
+    names = _internal(interface)
     try:
         with _silence(), plain_attention():
             if exporter == "dynamo":
@@ -259,8 +269,8 @@ def _by_torchscript(
 
     buffer = io.BytesIO()
     axes = {
-        port.name: {axis: d for axis, d in enumerate(port.dims) if isinstance(d, str)}
-        for port in interface.ports
+        name: {axis: d for axis, d in enumerate(port.dims) if isinstance(d, str)}
+        for name, port in zip(names, interface.ports, strict=True)
     }
     batch = next((d for port in interface.ports for d in port.dims if isinstance(d, str)), None)
     if batch is not None:
@@ -314,9 +324,16 @@ def weights_of(module: nn.Module, template: Template) -> dict[str, npt.NDArray[A
         IncompatibleError: The member has another structure than the one that was exported.
     """
     state = module.state_dict(keep_vars=True)
+    shapes = {value.name: value.shape for value in template.graph.inputs}
     found = {}
     for name in template.weights:
         if name not in state:
             raise IncompatibleError(f"a member has no '{name}', which the exported one has")
         found[name] = _numpy(state[name].detach().cpu())
+        wanted = shapes[name]
+        if wanted is not None and found[name].shape != tuple(wanted.numpy()):
+            raise IncompatibleError(
+                f"a member's '{name}' has shape {found[name].shape}, the exported one's "
+                f"{tuple(wanted.numpy())}"
+            )
     return found

@@ -1,4 +1,4 @@
-"""Owns report.html: one page that needs nothing else, with the decision on top.
+"""Owns report.html: one page that needs nothing else, with the decision on top; and its frame.
 
 Input: the object that comparison.json holds. Style and script stand beside this file and are put
 into the page; the page's policy lets nothing else load or run.
@@ -19,16 +19,27 @@ from ensemblekit.reports.wording import command, counted, number, plain, texts, 
 
 Section = tuple[str, str, Markup | None]
 
-_HALVES = {"growth", "reliability", "agreement", "timeline"}  # two in a row where there is room
+# two in a row where there is room
+_HALVES = {"growth", "reliability", "agreement", "timeline", "batches", "members"}
 
 
 def render(comparison: Mapping[str, Any]) -> str:
     """The page."""
     view = View(comparison)
+    return document(headline(view), _subject(view), _decision(view), _sections(view))
+
+
+def document(title: str, subject: str, lead: Markup, sections: Iterable[Section]) -> str:
+    """A page of ours.
+
+    Args:
+        title: Its headline.
+        subject: A line above it: what the page is about.
+        lead: The section that everyone reads.
+        sections: (id, title, body) of the others; those without a body are left out.
+    """
     style, script = _asset("report.css"), _asset("report.js")
-    found = [(id_, title, body) for id_, title, body in _sections(view) if body]
-    title = headline(view)
-    body = [_decision(view), _contents(found), *(_section(*entry) for entry in found)]
+    found = [(id_, name, body) for id_, name, body in sections if body]
     page = tag(
         "html",
         tag(
@@ -43,8 +54,15 @@ def render(comparison: Mapping[str, Any]) -> str:
         tag(
             "body",
             tag("a", "Skip to the content", href="#main", class_="skip"),
-            tag("header", tag("p", _subject(view)), tag("h1", title)),
-            tag("main", *body, id="main", tabindex="-1"),
+            tag("header", tag("p", subject), tag("h1", title)),
+            tag(
+                "main",
+                lead,
+                _contents(found),
+                *(_section(*entry) for entry in found),
+                id="main",
+                tabindex="-1",
+            ),
             tag("script", script),
         ),
         lang="en",

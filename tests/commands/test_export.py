@@ -605,7 +605,7 @@ def test_the_manifest_and_the_metadata(points: Problem, tmp_path: Path) -> None:
     assert (found["mean"], found["colour"]) == ("0.5", "gr\u00fcn")
     own = json.loads(found["ensemblekit"])
     assert own["candidate"] == result.candidate
-    assert own["snapshots"] == [f"snap_{n}.pt" for n in range(1, 5)]
+    assert [s["file"] for s in own["snapshots"]] == [f"snap_{n}.pt" for n in range(1, 5)]
     assert (own["output"], own["task"], own["precision"]) == ("logits", "classification", "fp32")
     beside = manifest(path)
     assert beside["sha256"] == result.sha256 == sha256(path)

@@ -56,7 +56,7 @@ def template(
     )
     model = shape_inference.infer_shapes(parser.parse_model(text), strict_mode=True, data_prop=True)
     onnx.checker.check_model(model)
-    return Template(ir.serde.deserialize_model(model), tuple(weights), "dynamo")
+    return Template(ir.serde.deserialize_model(model), tuple(ports), tuple(weights), "dynamo")
 
 
 def session(model: ir.Model | onnx.ModelProto) -> onnxruntime.InferenceSession:
