@@ -18,6 +18,7 @@ from torch import nn
 
 from ensemblekit.batches import Batch
 from ensemblekit.ensemble_module import EnsembleModule, Head
+from ensemblekit.errors import NotFiniteError
 from ensemblekit.graphs import saving
 from ensemblekit.graphs.making import Maker
 from ensemblekit.graphs.template import Interface, Port

@@ -146,9 +146,20 @@ def _static(source: Path, target: Path, calibration: Calibration | None) -> None
         str(target),
         Reader(),
         quant_format=QuantFormat.QDQ,
-        per_channel=True,
+        per_channel=not _has_batched_products(ready),
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
+    )
+
+
+def _has_batched_products(path: Path) -> bool:
+    """Whether weights of several members are multiplied at once: those have one scale in all."""
+    return any(
+        node.op_type == "MatMul"
+        and any(
+            v is not None and v.is_initializer() and len(v.shape or ()) > 2 for v in node.inputs
+        )
+        for node in ir.load(path).graph
     )
 
 

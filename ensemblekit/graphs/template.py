@@ -117,6 +117,7 @@ def export_template(
         module = _distinct(module)
     wrapped = OneOutput(module, logits=logits, names=interface.keywords).eval()
     model = _export(wrapped, example, interface, exporter=exporter, opset=opset)
+    _complete(model.graph, interface)
     own = {f"model.{key}": value for key, value in module.state_dict(keep_vars=True).items()}
     graph = model.graph
     opened = []
@@ -140,12 +141,6 @@ def export_template(
             used.append(str(value.name))
         else:
             graph.inputs.remove(value)
-    present = {value.name for value in graph.inputs}
-    for place, (name, port) in enumerate(zip(_internal(interface), interface.ports, strict=True)):
-        if name not in present:  # the older exporter drops what is not used
-            value = ir.Value(name=name, shape=ir.Shape(port.dims))
-            value.type = ir.TensorType(ir.DataType.from_numpy(np.dtype(port.dtype)))
-            graph.inputs.insert(place, value)
     return Template(model, tuple(port.name for port in interface.ports), tuple(used), exporter)
 
 
@@ -166,6 +161,8 @@ def export_whole(
     """Export a module with everything in it, without cleverness; for heads, and to compare with."""
     model = _export(module.eval(), example, interface, exporter="dynamo", opset=opset)
     optimize(model)
+    for value, port in zip(model.graph.inputs, interface.ports, strict=True):
+        value.name = port.name
     return model
 
 
@@ -177,6 +174,18 @@ def optimize(model: ir.Model) -> None:
         onnxscript.optimizer.optimize(
             model, input_size_limit=_CONSTANT_ELEMENTS, output_size_limit=_CONSTANT_ELEMENTS
         )
+
+
+def _complete(graph: ir.Graph, interface: Interface) -> None:
+    """All inputs in their order; the older exporter drops what the model does not use."""
+    if len(graph.inputs) == len(interface.ports):
+        return
+    present = {value.name for value in graph.inputs}
+    for place, (name, port) in enumerate(zip(_internal(interface), interface.ports, strict=True)):
+        if name not in present:
+            value = ir.Value(name=name, shape=ir.Shape(port.dims))
+            value.type = ir.TensorType(ir.DataType.from_numpy(np.dtype(port.dtype)))
+            graph.inputs.insert(place, value)
 
 
 def _internal(interface: Interface) -> list[str]:

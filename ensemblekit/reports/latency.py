@@ -108,10 +108,15 @@ def _subject(rows: list[Json]) -> str:
         [
             counted(len(different("candidate")), "candidate"),
             counted(len(different("runtime")), "runtime"),
-            f"batch size {' and '.join(f'{size:,}' for size in sizes)}" if sizes else "no batch",
+            _sizes(sizes),
             *different("device"),
         ]
     )
+
+
+def _sizes(sizes: list[int]) -> str:
+    shown = ", ".join(f"{size:,}" for size in sizes)
+    return f"batch size{'s' if len(sizes) > 1 else ''} {shown or MISSING}"
 
 
 def _summary(result: Mapping[str, Any]) -> Markup:
@@ -294,9 +299,8 @@ def _difference(value: object) -> str:
 
 def _table(rows: list[Json]) -> Markup:
     columns = _columns(rows)
-    titles = ("candidate", "runtime"), ("note",)
-    plain_heads = [[tag("th", title, scope="col") for title in group] for group in titles]
-    head = [*plain_heads[0], *(column.head() for column in columns), *plain_heads[1]]
+    head = [tag("th", title, scope="col") for title in ("candidate", "runtime")]
+    head += [column.head() for column in columns]
     note = (
         "p50, p95 and p99 are percentiles over the runs; below p50 stands the standard error of "
         "the median. The difference is the largest one from the plain loop in float32, over its "
@@ -319,8 +323,7 @@ def _row(row: Json, columns: list[Column]) -> Markup:
     return tag(
         "tr",
         tag("th", _name(row), tag("span", mark, class_="badge") if mark else None, scope="row"),
-        tag("td", _how(row)),
+        tag("td", _how(row), tag("small", said, class_="note") if mark else None),
         *(column.cell(row) for column in columns),
-        tag("td", said, class_="note"),
         class_=None if mark is None else mark.partition(" ")[0],
     )

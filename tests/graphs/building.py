@@ -110,7 +110,9 @@ def lifted(
 def one_by_one(given: Template, weights: Sequence[Arrays], feed: Arrays) -> list[Array]:
     """The template run with each member's weights."""
     ready = session(given.model)
-    return [np.asarray(ready.run(None, {**feed, **own})[0]) for own in weights]
+    inner = dict(zip(given.ports, (v.name for v in given.graph.inputs), strict=False))
+    named = {str(inner[name]): value for name, value in feed.items()}
+    return [np.asarray(ready.run(None, {**named, **own})[0]) for own in weights]
 
 
 def assert_equal_to_single_runs(
