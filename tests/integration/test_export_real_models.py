@@ -89,17 +89,17 @@ def snapshots(model: nn.Module, folder: Path) -> None:
         torch.save({"state_dict": other.state_dict(), "epoch": k}, folder / f"model_{k}.pt")
 
 
-def check(tmp_path: Path, code: str, name: str, data: str, **arguments: str) -> None:
+def check(tmp_path: Path, code: str, make: str, data: str, **arguments: str) -> None:
     script = tmp_path / "script.py"
     script.write_text(code)
     names: dict[str, object] = {}
     exec(code, names)
-    make = names[name]
-    assert callable(make)
+    build = names[make]
+    assert callable(build)
     torch.manual_seed(0)
-    snapshots(make(**arguments), tmp_path / "ckpts")
+    snapshots(build(**arguments), tmp_path / "ckpts")
     model = ModelOptions(
-        model=f"{script}:{name}", model_args=arguments, val_data=f"{script}:{data}"
+        model=f"{script}:{make}", model_args=arguments, val_data=f"{script}:{data}"
     )
     for ensemble in (False, True):
         options = ExportOptions(ensemble=ensemble, bn="average")
