@@ -66,6 +66,7 @@ class Bottleneck(nn.Module):
             )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """One block."""
         return torch.relu(self.body(x) + self.short(x))
 
 
@@ -98,6 +99,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """One block."""
         n, t, c = x.shape
         qkv = self.qkv(self.norm1(x)).reshape(n, t, 3, self.heads, c // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -118,6 +120,7 @@ class ViT(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits of the class token."""
         x = self.patch(x).flatten(2).transpose(1, 2)
         x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.place
         return self.head(self.norm(self.blocks(x))[:, 0])
@@ -141,10 +144,12 @@ def neighbours(first: nn.Module, count: int, *, own: Callable[[str], bool]) -> l
 
 
 def interface(shape: Sequence[int]) -> Interface:
+    """One image."""
     return Interface((Port("input", "float32", ("batch", *shape)),), None, "logits")
 
 
 def session(made: Made, folder: Path, name: str) -> Session:
+    """The graph, ready to run."""
     saving.save(made.model, folder / name)
     return Session(folder / name)
 
@@ -165,6 +170,8 @@ def medians(runs: dict[str, Callable[[], object]], seconds: float = 4.0) -> dict
 
 
 def eager(module: nn.Module, x: torch.Tensor) -> Callable[[], object]:
+    """A run of the module in plain torch."""
+
     def run() -> object:
         with torch.inference_mode():
             return module(x)
@@ -189,8 +196,8 @@ def ensemble(folder: Path) -> dict[str, float]:
             {
                 "loop": eager(loop, x),
                 "one": eager(members[0], x),
-                "plain": lambda s=plain: s.run({"input": x}),
-                "fused": lambda s=fused: s.run({"input": x}),
+                "plain": lambda s=plain, x=x: s.run({"input": x}),
+                "fused": lambda s=fused, x=x: s.run({"input": x}),
             }
         )
         best = min(ms["plain"], ms["fused"])

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from ensemblekit.candidates import Row as Row
     from ensemblekit.commands.audit import audit as audit
     from ensemblekit.commands.average import average as average
+    from ensemblekit.commands.bench import BenchOptions as BenchOptions
+    from ensemblekit.commands.bench import bench as bench
     from ensemblekit.commands.compare import CompareOptions as CompareOptions
     from ensemblekit.commands.compare import compare as compare
     from ensemblekit.commands.export import ExportOptions as ExportOptions
@@ -21,9 +23,11 @@ if TYPE_CHECKING:
     from ensemblekit.commands.verify import verify_file as verify_file
     from ensemblekit.discovery import discover as discover
     from ensemblekit.ensemble_module import EnsembleModule as EnsembleModule
+    from ensemblekit.ensemble_module import FusedEnsemble as FusedEnsemble
     from ensemblekit.ensemble_module import Head as Head
     from ensemblekit.errors import EnsembleKitError as EnsembleKitError
     from ensemblekit.options import ModelOptions as ModelOptions
+    from ensemblekit.runtimes.choosing import fastest as fastest
     from ensemblekit.selection import Selection as Selection
     from ensemblekit.snapshots import Snapshot as Snapshot
     from ensemblekit.snapshots import SnapshotSet as SnapshotSet
@@ -37,6 +41,7 @@ _PUBLIC: dict[str, str] = {
     "CompareOptions": "ensemblekit.commands.compare",
     "EnsembleModule": "ensemblekit.ensemble_module",
     "ExportOptions": "ensemblekit.commands.export",
+    "FusedEnsemble": "ensemblekit.ensemble_module",
     "Head": "ensemblekit.ensemble_module",
     "ModelOptions": "ensemblekit.options",
     "Row": "ensemblekit.candidates",
@@ -44,10 +49,13 @@ _PUBLIC: dict[str, str] = {
     "Snapshot": "ensemblekit.snapshots",
     "SnapshotSet": "ensemblekit.snapshots",
     "audit": "ensemblekit.commands.audit",
+    "BenchOptions": "ensemblekit.commands.bench",
     "average": "ensemblekit.commands.average",
+    "bench": "ensemblekit.commands.bench",
     "compare": "ensemblekit.commands.compare",
     "discover": "ensemblekit.discovery",
     "export": "ensemblekit.commands.export",
+    "fastest": "ensemblekit.runtimes.choosing",
     "recompute_bn": "ensemblekit.batchnorm",
     "verify_file": "ensemblekit.commands.verify",
 }

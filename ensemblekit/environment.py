@@ -32,6 +32,39 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
 
 
+def gpu_state(device: torch.device) -> dict[str, Any] | None:
+    """Clocks (MHz), temperature (C), power (W) and throttling of a GPU at this moment.
+
+    None where there is no GPU, or nvidia-ml-py (`pip install ensemblekit[gpu]`) is not installed.
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        try:
+            uuid = str(torch.cuda.get_device_properties(device).uuid)
+            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+            reasons = pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
+            idle = pynvml.nvmlClocksThrottleReasonGpuIdle
+            return {
+                "sm_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
+                "memory_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
+                "temperature_c": pynvml.nvmlDeviceGetTemperature(
+                    handle, pynvml.NVML_TEMPERATURE_GPU
+                ),
+                "power_w": pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+                "throttled": bool(reasons & ~idle),
+            }
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return None
+
+
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -164,10 +164,12 @@ def bench(
     device = next(iter(subjects.values())).bench.device
     names = _runtimes(options, device)
     with _threads(options.threads):
+        before = environment.gpu_state(device)
         rows = []
         for precision in options.precisions:
             rows += _measured(subjects, names, precision, device, options, progress)
-        facts = _environment(device, options)
+        after = environment.gpu_state(device)
+        facts = {**_environment(device, options), "gpu_before": before, "gpu_after": after}
     warnings = list(
         dict.fromkeys(w for s in subjects.values() for w in s.warnings if "keep" not in w)
     )
@@ -183,6 +185,8 @@ def bench(
                 f"{row.candidate} on {row.runtime} ({row.precision}): outputs differ from the plain "
                 f"loop's by {row.max_rel_diff:.1e} of the largest"
             )
+    if after is not None and after["throttled"]:
+        warnings.append("the GPU was throttled at the end: it was too hot, or had too little power")
     if all(row.latency is None for row in rows):
         raise MachineError(f"nothing could be measured: {rows[0].error}")
     return BenchResult(

@@ -109,6 +109,7 @@ BELOW = [
     "runtimes.onnx_runtime",
     "graphs.choosing",
     "runtimes.torch_eager",
+    "runtimes.choosing",
     "runtimes.torch_fused",
     "runtimes.torch_compile",
     "runtimes.torch_cudagraph",

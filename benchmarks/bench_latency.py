@@ -1,0 +1,166 @@
+"""Latency of one model, an average and ensembles, on every runtime of this machine.
+
+    python benchmarks/bench_latency.py [--device cpu|cuda] [--quick] [--json FILE]
+
+For a ResNet-18-like, a ResNet-50-like, a ViT-S-like network and an MLP: one member (which is what an
+average costs, too) and ensembles of 2, 5 and 10, batch sizes 1, 8 and 64. Each row is
+`ensemblekit bench`'s: all candidates and runtimes of one batch size take turns. `--quick` leaves out
+the two large networks and batch 64.
+
+The figures at the end are ratios: the best way to run an ensemble over the plain loop, and over one
+member in its best way.
+"""
+
+import argparse
+import copy
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_onnx import ViT, resnet50
+from torch import nn
+
+from ensemblekit import ModelOptions
+from ensemblekit.commands.bench import BenchOptions, bench, best_rows
+from ensemblekit.latency import Effort
+
+
+class Basic(nn.Module):
+    """The block of ResNet-18."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.short: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.short = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """One block."""
+        return torch.relu(self.body(x) + self.short(x))
+
+
+def resnet18() -> nn.Module:
+    """ResNet-18's shape: 11.7 million parameters."""
+    layers: list[nn.Module] = [
+        nn.Conv2d(3, 64, 7, 2, 3, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(3, 2, 1),
+    ]
+    inputs = 64
+    for stage in range(4):
+        outputs = 64 << stage
+        layers += [Basic(inputs, outputs, 2 if stage else 1), Basic(outputs, outputs, 1)]
+        inputs = outputs
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 1000))
+
+
+def vit_s() -> nn.Module:
+    """ViT-S's width and depth, on 65 tokens."""
+    return ViT(width=384, depth=12, heads=6)
+
+
+def mlp() -> nn.Module:
+    """Three layers of 512."""
+    return nn.Sequential(
+        nn.Linear(128, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)
+    )
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "resnet18": (resnet18, "input:float32[batch,3,224,224]"),
+    "resnet50": (resnet50, "input:float32[batch,3,224,224]"),
+    "vit_s": (vit_s, "input:float32[batch,3,32,32]"),
+    "mlp": (mlp, "input:float32[batch,128]"),
+}
+QUICK = ("vit_s", "mlp")
+SIZES = (2, 5, 10)
+
+
+def measured(name: str, device: str, batches: tuple[int, ...], seconds: float) -> dict[str, Any]:
+    """All rows of one network."""
+    build, port = NETWORKS[name]
+    torch.manual_seed(0)
+    first = build()
+    with tempfile.TemporaryDirectory() as folder:
+        for k in range(max(SIZES)):
+            model = copy.deepcopy(first)
+            with torch.no_grad():
+                for tensor in (*model.parameters(), *model.buffers()):
+                    if tensor.is_floating_point():
+                        tensor.mul_(1 + 0.05 * torch.rand_like(tensor)).add_(0.01)
+            torch.save({"state_dict": model.state_dict(), "epoch": k}, f"{folder}/m_{k:02}.pt")
+        result = bench(
+            folder,
+            model=ModelOptions(model=first, device=device, task="classification"),
+            options=BenchOptions(
+                members=SIZES, batches=batches, inputs=(port,), effort=Effort(seconds=seconds)
+            ),
+        )
+    found: dict[str, Any] = {"rows": [row.to_json() for row in result.rows]}
+    found["summary"] = list(result.summary)
+    found["environment"] = result.environment
+    ratios = {}
+    for size in batches:
+        best = best_rows(result.rows, size)
+        loops = {
+            row.candidate: row.latency.p50_ms
+            for row in result.rows
+            if row.runtime == "torch" and row.batch_size == size and row.latency is not None
+        }
+        one = best.get("single")
+        for members in SIZES:
+            row = best.get(f"ensemble of {members}")
+            if row is None or row.latency is None or one is None or one.latency is None:
+                continue
+            key = f"{name}_k{members}_batch{size}"
+            ratios[f"{key}_best_over_loop"] = row.latency.p50_ms / loops[row.candidate]
+            ratios[f"{key}_best_over_one"] = row.latency.p50_ms / one.latency.p50_ms
+            ratios[f"{key}_best"] = f"{row.runtime}, {row.execution}"
+    return {**found, "ratios": ratios}
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--networks", default=None, help="Only these, separated by commas.")
+    parser.add_argument("--seconds", type=float, default=0.5, help="For each row.")
+    parser.add_argument("--json", metavar="FILE")
+    arguments = parser.parse_args()
+    names = arguments.networks.split(",") if arguments.networks else list(NETWORKS)
+    if arguments.quick:
+        names = [name for name in names if name in QUICK]
+    batches = (1, 8) if arguments.quick else (1, 8, 64)
+    found = {}
+    for name in names:
+        found[name] = measured(name, arguments.device, batches, arguments.seconds)
+        for row in found[name]["rows"]:
+            shown = row["error"] or f"{row['p50_ms']:.3f} ms"
+            words = (name, row["candidate"], row["runtime"], row["execution"], row["batch_size"])
+            sys.stdout.write(" ".join(map(str, (*words, shown))) + "\n")
+        for key, value in found[name]["ratios"].items():
+            sys.stdout.write(f"{key:44} {value}\n")
+        sys.stdout.flush()
+    if arguments.json:
+        Path(arguments.json).write_text(
+            json.dumps({"benchmark": "bench_latency", **found}, indent=1) + "\n", encoding="utf-8"
+        )
+
+
+if __name__ == "__main__":
+    main()
