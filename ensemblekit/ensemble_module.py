@@ -141,7 +141,13 @@ class FusedEnsemble(nn.Module):
             value = parameters[name] if name in parameters else buffers[name]
             self.register_buffer(f"stacked_{place}", value.detach())
         self._names = names
-        self._skeleton = [copy.deepcopy(members[0]).to("meta")]  # in a list: no part of the state
+        # `.to("meta")` would untie what is tied; in a list: no part of the state
+        bare: dict[int, Any] = {
+            id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False)
+            for p in members[0].parameters()
+        }
+        bare |= {id(b): b.detach().to("meta") for b in members[0].buffers()}
+        self._skeleton = [copy.deepcopy(members[0], bare)]
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The combined output (N, C, ...)."""
@@ -151,7 +157,12 @@ class FusedEnsemble(nn.Module):
             made = torch.func.functional_call(self._skeleton[0], state, args, kwargs)
             return logits_of(made, self.logits)
 
-        outputs_MNC = torch.func.vmap(one, randomness="same")(stacked)
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # vmap has no rule for it
+        try:
+            outputs_MNC = torch.func.vmap(one, randomness="same")(stacked)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
         return outputs_MNC[0] if self.head.plain else self.head(outputs_MNC)
 
 

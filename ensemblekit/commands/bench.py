@@ -17,12 +17,14 @@ from torch import nn
 
 from ensemblekit import environment
 from ensemblekit.candidates import Candidate, mean_row, one_hot
+from ensemblekit.combiners import combiner as known_combiner
 from ensemblekit.commands.export import ExportOptions, Subject, subject
 from ensemblekit.discovery import discover
 from ensemblekit.errors import EnsembleKitError, MachineError, UsageError, one_of
 from ensemblekit.latency import Effort, Latency, measure, ratio
 from ensemblekit.options import PRECISIONS, ModelOptions, Progress
 from ensemblekit.runtimes import RUNTIMES, Session, Work, sessions, unavailable
+from ensemblekit.runtimes.onnx_runtime import check_provider
 from ensemblekit.runtimes.torch_eager import tf32
 from ensemblekit.selection import Selection
 from ensemblekit.snapshots import SnapshotSet
@@ -76,6 +78,12 @@ class BenchOptions:
         for size in (*self.batches, *self.members):
             if size < 1:
                 raise UsageError(f"{size} is no number of samples or members")
+        for name in ("runtimes", "precisions", "batches", "members"):
+            object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"--threads {self.threads}: at least 1")
+        if self.max_latency_ms is not None and not self.max_latency_ms > 0:
+            raise UsageError(f"--max-latency-ms {self.max_latency_ms:g}: must be more than 0")
         if not self.batches:
             raise UsageError("--batches: at least one batch size")
         kinds = (self.candidate is not None, self.ensemble, self.coefficients is not None)
@@ -173,21 +181,26 @@ def bench(
     warnings = list(
         dict.fromkeys(w for s in subjects.values() for w in s.warnings if "keep" not in w)
     )
-    for row in rows:
-        if row.latency is not None and row.latency.disturbed:
-            warnings.append(
-                f"{row.candidate} on {row.runtime} at batch {row.batch_size}: "
-                f"{row.latency.outliers:.0%} of the runs were far above the others; something else "
-                "may be running on this machine"
-            )
-        if row.agrees is False:
-            warnings.append(
-                f"{row.candidate} on {row.runtime} ({row.precision}): outputs differ from the plain "
-                f"loop's by {row.max_rel_diff:.1e} of the largest"
-            )
+    disturbed = [r for r in rows if r.latency is not None and r.latency.disturbed]
+    if disturbed:
+        worst = max(r.latency.outliers for r in disturbed if r.latency is not None)
+        warnings.append(
+            f"{len(disturbed)} of {len(rows)} rows have runs far above the others (up to {worst:.0%} "
+            "of a row): something else may be running on this machine"
+        )
+    warnings += [
+        f"{row.candidate} on {row.runtime} ({row.precision}): outputs differ from the plain loop's by "
+        f"{row.max_rel_diff:.1e} of the largest"
+        for row in rows
+        if row.agrees is False
+    ]
     if after is not None and after["throttled"]:
         warnings.append("the GPU was throttled at the end: it was too hot, or had too little power")
     if all(row.latency is None for row in rows):
+        if not rows:
+            raise UsageError(
+                f"--runtime {','.join(names)}: a single network has no members to fuse"
+            )
         raise MachineError(f"nothing could be measured: {rows[0].error}")
     return BenchResult(
         tuple(rows), tuple(_summary(rows)), facts, tuple(warnings), tuple(_within(rows, options))
@@ -206,6 +219,12 @@ def _subjects(
         inputs=options.inputs,
         bn="average",
     )
+    known = known_combiner(options.combiner)
+    if options.candidate is None and (known.fit is not None or options.combiner == "weighted"):
+        raise UsageError(
+            f"--combiner {options.combiner} has numbers that are fitted on data",
+            hint="ensemblekit compare fits them; then --candidate NAME --from comparison.json",
+        )
     count = len(snapshots)
     for size in options.members:
         if size > count:
@@ -226,6 +245,8 @@ def _subjects(
             wanted[f"ensemble of {size}"] = Candidate(
                 f"ensemble of {size}", rows, tuple("none" for _ in rows), options.combiner
             )
+    if not wanted:
+        raise UsageError("--ensemble: an ensemble has two members at least")
     bare = replace(common, ensemble=False)
     return {
         name: subject(snapshots, model, bare, progress, candidate=candidate)
@@ -235,6 +256,10 @@ def _subjects(
 
 def _runtimes(options: BenchOptions, device: torch.device) -> list[str]:
     """Those that were named, which must run here, or all that do."""
+    if options.provider is not None:
+        check_provider(options.provider)
+    if device.type != "cuda" and "tf32" in options.precisions:
+        raise MachineError("tf32 is a precision of GPUs")
     if options.runtimes:
         for name in options.runtimes:
             reason = unavailable(name, device)
@@ -312,6 +337,7 @@ def _at_size(
 ) -> list[Row]:
     """Every session at one batch size, in turns."""
     rows: dict[int, Row] = {}
+    failures: dict[int, str] = {}
     runs: dict[int, Callable[[], Any]] = {}
     clocks = {}
     for place, (name, session) in enumerate(opened):
@@ -333,7 +359,8 @@ def _at_size(
         except Exception as error:  # noqa: BLE001  # compilers raise anything; the others go on
             rows[place] = replace(row, error=_words(error))
             continue
-        runs[place], clocks[place] = run, session.clock
+        runs[place] = _guarded(place, run, failures)
+        clocks[place] = session.clock
         rows[place] = replace(
             row,
             peak_memory_bytes=peak,
@@ -351,8 +378,25 @@ def _at_size(
         between=_cold(device) if options.cold else None,
     )
     for place, latency in timed.items():
-        rows[place] = replace(rows[place], latency=latency)
+        failed = failures.get(place)
+        rows[place] = replace(
+            rows[place], latency=None if failed else latency, error=failed or rows[place].error
+        )
     return list(rows.values())
+
+
+def _guarded(place: int, run: Callable[[], Any], failures: dict[int, str]) -> Callable[[], Any]:
+    """A run whose failure, in the middle of the turns, ends its own row only."""
+
+    def guarded() -> Any:
+        if place in failures:
+            return None
+        try:
+            return run()
+        except Exception as error:  # noqa: BLE001  # out of memory at the second run, for one
+            failures[place] = _words(error)
+
+    return guarded
 
 
 def _first_run(run: Callable[[], Any], device: torch.device) -> tuple[int | None, Any]:

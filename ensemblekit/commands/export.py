@@ -199,7 +199,7 @@ def subject(
     """
     model = model.with_model_from([s.facts.model_hint for s in snapshots.snapshots])
     if model.model is None:
-        raise UsageError("an export needs the model", hint="--model FILE.py:NAME")
+        raise UsageError("the checkpoints need a model to run", hint="--model FILE.py:NAME")
     if options.precision == "int8-static" and model.train_data is None:
         raise UsageError(
             "--precision int8-static takes the ranges of activations from training data",

@@ -95,7 +95,7 @@ def interface_of(
     if example is None:
         if not specs:
             raise UsageError(
-                "the export needs an example of the model's input",
+                "the model's inputs are not known",
                 hint="--val-data TARGET, or --input 'input:float32[batch,3,32,32]'",
             )
         names = [spec.port.name for spec in specs]

@@ -172,15 +172,17 @@ class Session:
 
         binding = self._session.io_binding()
         device = "cpu" if self.provider == "cpu" else "cuda"
+        kept = []  # a value borrows the array's memory
         for name, value in inputs.items():
             array = value.detach().cpu().contiguous().numpy()
-            binding.bind_ortvalue_input(
-                name, onnxruntime.OrtValue.ortvalue_from_numpy(array, device, 0)
-            )
+            placed = onnxruntime.OrtValue.ortvalue_from_numpy(array, device, 0)
+            binding.bind_ortvalue_input(name, placed)
+            kept.append((array, placed))
         for slot in self.outputs:
             binding.bind_output(slot.name, device)
 
         def run() -> list[npt.NDArray[Any]]:
+            assert kept is not None
             self._session.run_with_iobinding(binding)
             if device != "cpu":
                 binding.synchronize_outputs()

@@ -4,6 +4,8 @@ Input: work. `torch.func.vmap` turns convolutions of K members into one grouped 
 linear layers into one batched product. What no rule of vmap covers cannot run this way.
 """
 
+import warnings
+
 import torch
 
 from ensemblekit.ensemble_module import FusedEnsemble
@@ -27,6 +29,7 @@ def open_sessions(work: Work) -> list[Session]:
         return []
     module = FusedEnsemble(members_in(work), work.head, logits=work.logits).eval()
     prepare = runner(module, work)
+    warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)  # it is measured
     try:
         prepare(work.example.sized(2))()
     except (torch.OutOfMemoryError, MemoryError, MachineError):
