@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from ensemblekit.errors import MachineError
+from ensemblekit.errors import MachineError, UsageError
 
 T = TypeVar("T")
 
@@ -121,3 +121,13 @@ def _dist() -> Any:
     import torch.distributed
 
     return torch.distributed
+
+
+def one_process(command: str) -> None:
+    """Refuse to run under torchrun, where every process would write the same output.
+
+    Raises:
+        UsageError: There are several processes.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(f"{command} works in one process", hint=f"run {command} without torchrun")

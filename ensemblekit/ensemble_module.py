@@ -9,6 +9,7 @@ tasks, in the place where the model has them.
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from ensemblekit import combiners
+from ensemblekit.build import plain_attention
 from ensemblekit.errors import UsageError, one_of
 from ensemblekit.tasks import logits_of
 
@@ -157,12 +159,10 @@ class FusedEnsemble(nn.Module):
             made = torch.func.functional_call(self._skeleton[0], state, args, kwargs)
             return logits_of(made, self.logits)
 
-        fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)  # vmap has no rule for it
-        try:
+        # vmap has no rule for torch's fused attention layer; a compiler takes it apart itself
+        compiling = torch.compiler.is_compiling()
+        with nullcontext() if compiling else plain_attention():
             outputs_MNC = torch.func.vmap(one, randomness="same")(stacked)
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
         return outputs_MNC[0] if self.head.plain else self.head(outputs_MNC)
 
 

@@ -129,7 +129,7 @@ def test_an_honest_file_passes(tmp_path: Path, external: bool) -> None:
     assert found.max_abs_diff is not None
     assert found.max_rel_diff is not None
     largest = float(net()(images()).detach().abs().max())
-    assert found.max_rel_diff == pytest.approx(found.max_abs_diff / largest, rel=1e-3)
+    assert found.max_rel_diff >= found.max_abs_diff / largest * (1 - 1e-3)  # of its own sample
     assert found.max_rel_diff < 1e-5
     assert found.metric is None
     shown = found.to_json()
@@ -476,12 +476,22 @@ def test_ties_are_not_flips() -> None:
     assert (found.decision_flips, found.ties) == (0, 1)
 
 
-def test_a_flip_within_the_numbers_tolerance_cannot_be_more_than_a_tie() -> None:
-    """|a - b| <= 2 tol where both sides are within tol of one another."""
-    top = 100.0
+def test_one_large_output_hides_no_flip_elsewhere() -> None:
+    top = 1e6
     found = compared([[top, 0], [1e-2, 0], [0, 3]], [[top, 0], [0, 1e-3], [0, 3]], "fp32")
-    assert found.passed, found.failed
-    assert (found.decision_flips, found.ties) == (0, 1)
+    assert found.failed is not None
+    assert (found.decision_flips, found.ties) == (1, 0)
+
+
+def test_classes_that_a_model_rules_out_hide_nothing() -> None:
+    wanted = [[-1e9, 1.0, 2.0], [-1e9, 0.5, 0.0], [-1e9, 0.0, 3.0]]
+    got = [[-1e9, 1.0, 2.0], [-1e9, 0.0, 0.5], [-1e9, 0.0, 3.0]]
+    assert compared(wanted, wanted, "fp32").passed
+    found = compared(wanted, got, "fp32")
+    assert found.failed is not None
+    assert found.decision_flips == 1
+    risen = [[2.0, 1.0, 2.0], *wanted[1:]]
+    assert compared(wanted, risen, "fp32").failed is not None
 
 
 def test_int8_may_change_numbers_and_few_decisions() -> None:
@@ -567,4 +577,4 @@ def test_a_length_frozen_out_of_sight_is_caught_on_real_samples(tmp_path: Path) 
         )
         assert not found.passed
         assert found.failed is not None
-        assert found.failed[0] in ("batch sizes", "numbers")
+        assert found.failed[0] in ("batch sizes", "open axes", "numbers")

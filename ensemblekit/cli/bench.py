@@ -12,7 +12,7 @@ import click
 
 from ensemblekit.cli import options, show
 from ensemblekit.cli.allocator import keep_freed_memory
-from ensemblekit.errors import MachineError, UsageError
+from ensemblekit.errors import UsageError
 
 if TYPE_CHECKING:
     from ensemblekit.commands.bench import BenchResult, Row
@@ -120,6 +120,8 @@ def command(
     keep_freed_memory()
     files = {"markdown": export_markdown, "csv": export_csv, "html": export_html}
     paths = {kind: Path(name) for kind, name in files.items() if name is not None}
+    if len(set(paths.values())) < len(paths):
+        raise UsageError("two of --export-markdown, --export-csv and --export-html are one file")
     for path in paths.values():
         _check_free(path, force=force)
     if not seconds > 0:
@@ -228,13 +230,15 @@ def _cells(row: "Row") -> list[str]:
 
 
 def _write(result: "BenchResult", paths: dict[str, Path]) -> None:
+    from ensemblekit.files import AtomicFile
+
     makers = {"markdown": _markdown, "csv": _csv, "html": _html}
     for kind, path in paths.items():
         text = makers[kind](result)
-        try:
-            path.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise MachineError(f"cannot write {path}: {error.strerror or error}") from error
+        with AtomicFile(path) as file:
+            file.write_at(text.encode(), 0)
+            file.seal()
+            file.rename()
 
 
 def _table(result: "BenchResult") -> tuple[Sequence[str], list[list[Any]]]:

@@ -230,7 +230,9 @@ def _print(result: "ExportResult", *, dry_run: bool, quiet: bool) -> None:
         shown = ", ".join(
             f"{_name(one)} {one['p50_ms']:.3g} ms" for one in result.latency if one["p50_ms"]
         )
-        click.echo(f"chosen by latency at batch 1 ({result.latency[0]['provider']}): {shown}")
+        click.echo(
+            f"chosen by latency of the fp32 graph at batch 1 ({result.latency[0]['provider']}): {shown}"
+        )
     members = len(result.candidate["rows"])
     what = (
         f"ensemble of {members} ({result.candidate['combiner']})"

@@ -20,12 +20,13 @@ from ensemblekit.candidates import Candidate, mean_row, one_hot
 from ensemblekit.combiners import combiner as known_combiner
 from ensemblekit.commands.export import ExportOptions, Subject, subject
 from ensemblekit.discovery import discover
+from ensemblekit.distributed import one_process
 from ensemblekit.errors import EnsembleKitError, MachineError, UsageError, one_of
 from ensemblekit.latency import Effort, Latency, measure, ratio
 from ensemblekit.options import PRECISIONS, ModelOptions, Progress
 from ensemblekit.runtimes import RUNTIMES, Session, Work, sessions, unavailable
 from ensemblekit.runtimes.onnx_runtime import check_provider
-from ensemblekit.runtimes.torch_eager import tf32
+from ensemblekit.runtimes.torch_eager import HALVES, tf32
 from ensemblekit.selection import Selection
 from ensemblekit.snapshots import SnapshotSet
 
@@ -165,6 +166,7 @@ def bench(
         InputError: Checkpoints, model or data that cannot be used.
         MachineError: The device, or a runtime or provider that was named, is not there.
     """
+    one_process("bench")
     options = options or BenchOptions()
     paths = [checkpoints] if isinstance(checkpoints, str | os.PathLike) else list(checkpoints)
     snapshots = discover(*paths, selection=selection)
@@ -247,7 +249,7 @@ def _subjects(
             )
     if not wanted:
         raise UsageError("--ensemble: an ensemble has two members at least")
-    bare = replace(common, ensemble=False)
+    bare = replace(common, ensemble=False, combiner="mean")
     return {
         name: subject(snapshots, model, bare, progress, candidate=candidate)
         for name, candidate in wanted.items()
@@ -322,7 +324,7 @@ def _work(found: Subject, precision: str, device: torch.device, options: BenchOp
         precision,
         found.bench.options.logits,
         provider,
-        options.threads,
+        options.threads or torch.get_num_threads(),
     )
 
 
@@ -342,7 +344,6 @@ def _at_size(
     clocks = {}
     for place, (name, session) in enumerate(opened):
         found = subjects[name]
-        batch = found.samples.first.sized(size)
         say(f"warming up {name} on {session.runtime} at batch {size}", place, len(opened))
         row = replace(
             _blank(found, name, session.runtime, precision, device)(size),
@@ -350,8 +351,9 @@ def _at_size(
             provider=session.provider,
         )
         try:
+            batch = found.samples.first.sized(size)
             run = session.prepare(batch)
-            peak, output = _first_run(run, device)
+            peak, output = _first_run(run, session, found, device)
             difference = _difference(found.module, batch, output, device)
         except (EnsembleKitError, torch.OutOfMemoryError, MemoryError) as error:
             rows[place] = replace(row, error=_words(error))
@@ -399,14 +401,26 @@ def _guarded(place: int, run: Callable[[], Any], failures: dict[int, str]) -> Ca
     return guarded
 
 
-def _first_run(run: Callable[[], Any], device: torch.device) -> tuple[int | None, Any]:
-    """The output, and the most memory that the GPU held on the way."""
-    if device.type != "cuda":
+def _first_run(
+    run: Callable[[], Any], session: Session, found: Subject, device: torch.device
+) -> tuple[int | None, Any]:
+    """The output, and the GPU memory of this row alone: its weights and what the run adds.
+
+    None where torch does not see it: on a CPU, in ONNX Runtime, in a captured graph's own pool.
+    """
+    if device.type != "cuda" or session.runtime in ("onnxruntime", "torch-cudagraph"):
         return None, run()
+    torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
     output = run()
     torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device), output
+    added = torch.cuda.max_memory_allocated(device) - before
+    size = 2 if session.precision in HALVES else 4
+    weights = sum(
+        size * value.numel() for member in found.members for value in member.state_dict().values()
+    )
+    return added + weights, output
 
 
 def _difference(module: nn.Module, batch: Any, output: Any, device: torch.device) -> float:
@@ -415,9 +429,15 @@ def _difference(module: nn.Module, batch: Any, output: Any, device: torch.device
 
     with tf32(on=False), torch.inference_mode():
         wanted = forward(module, batch.to(device)).float().cpu().numpy()
-    value = output[0] if isinstance(output, list) else output
-    got = value.float().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
-    return float(np.abs(wanted - got).max() / max(float(np.abs(wanted).max()), 1e-30))
+    if isinstance(output, torch.Tensor):
+        got = output.float().cpu().numpy()
+    else:  # an IO binding of ONNX Runtime
+        got = np.asarray(output.copy_outputs_to_cpu()[0], np.float32)
+    finite = np.isfinite(wanted) & np.isfinite(got)
+    if np.isnan(wanted).any() or (np.isfinite(wanted) != np.isfinite(got)).any():
+        return float("inf")
+    largest = np.abs(wanted[finite]).max(initial=0.0)
+    return float(np.abs(wanted[finite] - got[finite]).max(initial=0.0) / max(float(largest), 1e-30))
 
 
 def _cold(device: torch.device) -> Callable[[], Any]:
@@ -443,8 +463,7 @@ def _environment(device: torch.device, options: BenchOptions) -> dict[str, Any]:
         "device_name": environment.device_name(device),
         "threads": torch.get_num_threads(),
         "caches": "cleared between runs" if options.cold else "warm",
-        "timed": "from the call until the output is there; inputs in place; ONNX Runtime's output "
-        "on the CPU, torch's on the device",
+        "timed": "from the call until the output is there; inputs and outputs stay on the device",
     }
 
 

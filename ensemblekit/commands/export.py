@@ -25,6 +25,7 @@ from ensemblekit.commands import chosen, provenance, triton
 from ensemblekit.commands.bn_plan import plan_bn
 from ensemblekit.commands.measure import measure
 from ensemblekit.discovery import discover
+from ensemblekit.distributed import one_process
 from ensemblekit.ensemble_module import EnsembleModule, Head
 from ensemblekit.errors import CheckFailedError, UnsupportedError, UsageError, one_of
 from ensemblekit.files import check_output
@@ -339,6 +340,7 @@ def export(
         CheckFailedError: No graph passed verification.
     """
     options = options or ExportOptions()
+    one_process("export")
     path = Path(output)
     if path.suffix != ".onnx":
         raise UsageError(f"output {path}: expected a name that ends in .onnx")
@@ -435,7 +437,11 @@ def _first_that_passes(
             tried.append({**choice.facts(), "passed": False, "reason": choice.reason})
             continue
         say("verifying", 0, None)
-        file = _in_precision(found, choice.made, options, folder, output.name)
+        try:
+            file = _in_precision(found, choice.made, options, folder, output.name)
+        except UnsupportedError as error:
+            tried.append({**choice.facts(), "passed": False, "reason": error.message})
+            continue
         verification = checked(found, options, file)
         reason = None if verification.failed is None else ": ".join(verification.failed)
         tried.append({**choice.facts(), "passed": verification.passed, "reason": reason})
@@ -496,7 +502,6 @@ def _in_precision(
 
 def checked(found: Subject, options: ExportOptions, file: Path) -> Verification:
     """The verification of a file on the subject's samples."""
-    sizes = sorted({1, 2, 7, min(64, found.bench.options.batch_size)})
     with found.bench.builder.precision():  # TF32 off
         return verify(
             file,
@@ -508,7 +513,6 @@ def checked(found: Subject, options: ExportOptions, file: Path) -> Verification:
             probabilities=options.output_kind == "probabilities",
             provider=options.provider,
             precision=options.precision,
-            batch_sizes=sizes,
         )
 
 
@@ -558,16 +562,7 @@ def _result(
     session = Session(file, options.provider)
     data = file.with_name(saving.data_name(file.name))
     size = file.stat().st_size + (data.stat().st_size if data.exists() else 0)
-    warnings = list(found.warnings)
-    if verification.classes_seen == 1 and found.head.task != "regression":
-        warnings.append(
-            "torch decided for one class on all samples: the verification says little; "
-            "--val-data lets it be made on real ones"
-        )
-    elif not verification.real:
-        warnings.append(
-            "verified on generated samples; --val-data TARGET makes it real ones, with the accuracy"
-        )
+    warnings = [*found.warnings, *doubts(found, verification)]
     warnings += [f"an attempt failed ({t['exporter']}): {t['reason']}" for t in tried[:-1]]
     return ExportResult(
         output=None,
@@ -582,7 +577,7 @@ def _result(
         precision=options.precision,
         fused=made.fused,
         folded=made.folded,
-        nodes=made.nodes,
+        nodes=_nodes(file),
         shared=made.shared,
         bytes=size,
         external_data=data.name if data.exists() else None,
@@ -590,6 +585,40 @@ def _result(
         attempts=tuple(tried),
         warnings=tuple(warnings),
     )
+
+
+def doubts(found: Subject, verification: Verification) -> list[str]:
+    """What makes a verification say less than it could."""
+    more = "more samples" if verification.real else "--val-data with real ones"
+    told = []
+    if verification.classes_seen == 1 and found.head.task != "regression":
+        told.append(
+            "torch decided for one class on all samples, so the verification says little; "
+            f"{more} would say more"
+        )
+    elif not verification.real:
+        told.append(
+            "verified on generated samples; --val-data TARGET makes it real ones, with the accuracy"
+        )
+    once = {
+        label
+        for port in found.interface.ports
+        for axis, label in enumerate(port.dims)
+        if axis and isinstance(label, str) and label not in verification.open_sizes
+    }
+    told += [
+        f"axis '{label}' is open, and the model in torch takes no other size of it than that of the "
+        "samples: it could not be checked"
+        for label in sorted(once)
+    ]
+    return told
+
+
+def _nodes(file: Path) -> int:
+    """Operators of the file as it was written."""
+    import onnx
+
+    return len(onnx.load(str(file), load_external_data=False).graph.node)
 
 
 def _slot(slot: Any) -> dict[str, Any]:

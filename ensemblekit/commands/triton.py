@@ -68,10 +68,11 @@ def made(folder: Path, name: str, file: Path, provider: str) -> Iterator[Callabl
 
     def put() -> None:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if place.exists():
-                shutil.rmtree(place)
-            temporary.rename(place)
+            place.mkdir(parents=True, exist_ok=True)
+            for part in ("1", CONFIG):  # other versions and files are the user's
+                if (place / part).exists():
+                    (place / part).rename(temporary / f"old.{part}")
+                (temporary / part).rename(place / part)
         except OSError as error:
             raise from_os_error(error, place, doing="write") from error
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ensemblekit.candidates import Candidate
-from ensemblekit.commands.export import ExportOptions, checked, subject
+from ensemblekit.commands.export import ExportOptions, checked, doubts, subject
 from ensemblekit.discovery import discover
+from ensemblekit.distributed import one_process
 from ensemblekit.errors import IncompatibleError, UsageError, listing
 from ensemblekit.graphs.precision import PRECISIONS
 from ensemblekit.options import ModelOptions, Progress
@@ -63,6 +64,7 @@ def verify_file(
         InputError: Checkpoints, model or data that cannot be used.
         MachineError: The provider is missing.
     """
+    one_process("verify")
     path = Path(file)
     if not path.is_file():
         raise UsageError(f"{path}: there is no such file")
@@ -85,7 +87,10 @@ def verify_file(
     found = subject(snapshots, model, asked, progress, candidate=candidate)
     verification = checked(found, options, path)
     return VerifyResult(
-        str(path), verification.to_json(), found.candidate.to_json(), tuple(found.warnings)
+        str(path),
+        verification.to_json(),
+        found.candidate.to_json(),
+        (*found.warnings, *doubts(found, verification)),
     )
 
 

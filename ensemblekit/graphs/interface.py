@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ensemblekit.batches import Batch
+from ensemblekit.batches import Batch, forward
 from ensemblekit.errors import InputError, UsageError, one_of
 from ensemblekit.graphs.template import Interface, Port
 
@@ -186,6 +186,9 @@ def generated(
     highest = min(
         (m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=2
     )
+    sizes_of_tables = sorted(
+        {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}, reverse=True
+    )
     values: list[Any] = []
     for port in interface.ports:
         shape = [sizes.get(d, _OPEN_SIZE) if isinstance(d, str) else d for d in port.dims]
@@ -193,14 +196,41 @@ def generated(
         if dtype.is_floating_point:
             values.append(torch.randn(shape, generator=generator).to(dtype))
         elif dtype == torch.bool:
-            values.append(torch.rand(shape, generator=generator) < 0.5)
+            mask = torch.rand(shape, generator=generator) < 0.5
+            if mask.ndim > 1 and mask.shape[-1] > 1:  # no row that masks all or nothing
+                mask[..., 0], mask[..., -1] = True, False
+            values.append(mask)
+        elif dtype == torch.uint8:
+            values.append(torch.randint(0, 256, shape, generator=generator, dtype=dtype))
         else:
             values.append(torch.randint(0, highest, shape, generator=generator, dtype=dtype))
+    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
+    for place, port in enumerate(interface.ports):  # elsewhere a wrong index ends the process
+        if not on_cpu or port.dtype not in ("int64", "int32"):
+            continue
+        own, shape = values[place], values[place].shape
+        for bound in sizes_of_tables:
+            drawn = torch.randint(0, bound, shape, generator=generator, dtype=own.dtype)
+            values[place] = drawn
+            if _runs(model, _batch_of(values, interface, samples)):
+                break
+            values[place] = own
+    return _batch_of(values, interface, samples)
+
+
+def _batch_of(values: Sequence[Any], interface: Interface, samples: int) -> Batch:
     if interface.keywords is not None:
-        inputs: Any = dict(zip(interface.keywords, values, strict=True))
-    else:
-        inputs = tuple(values)
-    return Batch(inputs, None, samples)
+        return Batch(dict(zip(interface.keywords, values, strict=True)), None, samples)
+    return Batch(tuple(values), None, samples)
+
+
+def _runs(model: nn.Module, batch: Batch) -> bool:
+    try:
+        with torch.inference_mode():
+            forward(model, batch)
+    except InputError:
+        return False
+    return True
 
 
 def example_of(batch: Batch, interface: Interface) -> list[torch.Tensor]:

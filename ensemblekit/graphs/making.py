@@ -28,6 +28,9 @@ from ensemblekit.graphs.template import (
 _IR_VERSION = 10  # of the file format; newer ones are unknown to runtimes of two years ago
 
 
+_HEAD_TYPES = {ir.DataType.DOUBLE: "float64", ir.DataType.FLOAT16: "float16"}
+
+
 @dataclass(frozen=True)
 class Made:
     """A graph, and what it took.
@@ -125,8 +128,10 @@ class Maker:
         sizes = [3 + n if d is None else d for n, d in enumerate(dims)]
         if dims not in self._head_of:
             shape = [d if d is not None else f"d{n}" for n, d in enumerate(dims)]
-            port = Port("outputs", "float32", (members, *shape))
+            dtype = _HEAD_TYPES.get(output.template.dtype or ir.DataType.FLOAT, "float32")
+            port = Port("outputs", dtype, (members, *shape))
             example = torch.linspace(-1, 1, members * int(torch.Size(sizes).numel()))
+            example = example.to(getattr(torch, dtype))
             self._head_of[dims] = export_whole(
                 HeadModule(self.head),
                 [example.reshape(members, *sizes)],

@@ -15,6 +15,7 @@ import ml_dtypes
 import onnx_ir as ir
 
 from ensemblekit.errors import UnsupportedError
+from ensemblekit.graphs.saving import data_name
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8-dynamic", "int8-static")
 Calibration = Callable[[], Iterable[Mapping[str, Any]]]
@@ -35,6 +36,11 @@ def convert(
     Raises:
         UnsupportedError: The tool cannot convert this graph.
     """
+    if source.with_name(data_name(source.name)).exists():
+        raise UnsupportedError(
+            f"--precision {precision}: of more than 2 GB of weights only fp32 can be written",
+            hint="--precision fp32; or export fewer members",
+        )
     try:
         with _quiet():
             _CONVERTERS[precision](source, target, calibration)

@@ -69,6 +69,7 @@ class Session:
         prepare: `prepare(batch)` puts inputs in place; the function it returns makes one run and
             gives its output.
         clock: Times one run.
+        precision: Of the weights.
     """
 
     runtime: str
@@ -76,6 +77,7 @@ class Session:
     provider: str
     prepare: "Callable[[Batch], Callable[[], Any]]"
     clock: "Clock"
+    precision: str = "fp32"
 
 
 def runtime(name: str) -> ModuleType:

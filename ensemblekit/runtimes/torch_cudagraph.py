@@ -25,7 +25,9 @@ def open_sessions(work: Work) -> list[Session]:
     """The captured loop and, of several members, the captured fused module."""
     clock = device_clock(work.device)
     return [
-        Session("torch-cudagraph", execution, "cuda", _captured(module, work), clock)
+        Session(
+            "torch-cudagraph", execution, "cuda", _captured(module, work), clock, work.precision
+        )
         for execution, module in executions(work).items()
     ]
 

@@ -28,7 +28,7 @@ def open_sessions(work: Work) -> list[Session]:
     """The loop over members."""
     module = EnsembleModule(members_in(work), work.head, logits=work.logits).eval()
     clock = device_clock(work.device)
-    return [Session("torch", "loop", work.device.type, runner(module, work), clock)]
+    return [Session("torch", "loop", work.device.type, runner(module, work), clock, work.precision)]
 
 
 def members_in(work: Work) -> list[nn.Module]:

@@ -37,4 +37,4 @@ def open_sessions(work: Work) -> list[Session]:
     except Exception as error:
         raise UnsupportedError(f"these members cannot be fused: {error}") from error
     clock = device_clock(work.device)
-    return [Session("torch-fused", "fused", work.device.type, prepare, clock)]
+    return [Session("torch-fused", "fused", work.device.type, prepare, clock, work.precision)]

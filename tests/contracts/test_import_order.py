@@ -114,6 +114,7 @@ BELOW = [
     "runtimes.torch_compile",
     "runtimes.torch_cudagraph",
     "runtimes.onnx_graph_runtime",
+    "likeness",
     "verification",
     "decision",
     "environment",
