@@ -108,7 +108,7 @@ class Maker:
         shared = sum(1 for value in lift.values.values() if Layout.SHARED in value.forms)
         made = self._with_head(lift, output)
         made.name = self.interface.output
-        made.shape, made.type = output.template.shape, output.template.type
+        made.shape, made.type = output.template.shape, made.type or output.template.type
         lift.graph.outputs.append(made)
         model = ir.Model(lift.graph, ir_version=_IR_VERSION, producer_name="ensemblekit")
         tidy(model)
@@ -160,7 +160,9 @@ def _inlined(lift: Lift, head: ir.Model, stacked: ir.Value) -> ir.Value:
         )
         lift.graph.append(made)
         values |= dict(zip(node.outputs, made.outputs, strict=True))
-    return values[head.graph.outputs[0]]
+    combined = values[head.graph.outputs[0]]
+    combined.type = head.graph.outputs[0].type  # of half members float32, if the head makes it so
+    return combined
 
 
 def tidy(model: ir.Model) -> None:
