@@ -168,6 +168,14 @@ class Subject:
         self.module = EnsembleModule(members, head, logits=bench.options.logits).eval()
         self.warnings: list[str] = []
 
+    def precision(self, asked: str) -> str:
+        """What the file computes in: what was asked for, or what members that are half have."""
+        types = {p.dtype for member in self.members for p in member.parameters()}
+        for dtype, name in {torch.bfloat16: "bf16", torch.float16: "fp16"}.items():
+            if asked == "fp32" and dtype in types:
+                return name
+        return asked
+
     def calibration(self) -> Iterator[dict[str, torch.Tensor]]:
         """Inputs of some training samples, by name."""
         options = self.bench.options
@@ -512,7 +520,7 @@ def checked(found: Subject, options: ExportOptions, file: Path) -> Verification:
             class_axis=found.head.class_axis,
             probabilities=options.output_kind == "probabilities",
             provider=options.provider,
-            precision=options.precision,
+            precision=found.precision(options.precision),
         )
 
 
@@ -533,7 +541,7 @@ def _metadata(found: Subject, options: ExportOptions) -> dict[str, str]:
         ],
         "output": found.head.output_name,
         "task": found.head.task,
-        "precision": options.precision,
+        "precision": found.precision(options.precision),
     }
     return {"ensemblekit": json.dumps(facts), **options.metadata}
 
@@ -574,7 +582,7 @@ def _result(
         candidate=found.candidate.to_json(),
         snapshots=tuple(str(s.path) for s in found.snapshots.snapshots),
         exporter=made.exporter,
-        precision=options.precision,
+        precision=found.precision(options.precision),
         fused=made.fused,
         folded=made.folded,
         nodes=_nodes(file),
