@@ -14,12 +14,18 @@ from ensemblekit.cli.allocator import keep_freed_memory
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """What `mallopt` is called with, on a Linux without settings of anyone."""
     found: list[tuple[int, int]] = []
     for name in [n for n in os.environ if n.startswith(("MALLOC_", "GLIBC_TUNABLES"))]:
         monkeypatch.delenv(name)
-    libc = SimpleNamespace(mallopt=lambda what, value: found.append((what, value)))
+
+    def mallopt(what: int, value: int) -> int:
+        found.append((what, value))
+        return int(not (old and what == -3 and value > 1 << 25))
+
+    old = getattr(request, "param", False)
+    libc = SimpleNamespace(mallopt=mallopt)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: libc)
     monkeypatch.setattr(sys, "platform", "linux")
     return found
@@ -35,6 +41,12 @@ def test_both_thresholds_are_set(calls: list[tuple[int, int]]) -> None:
     keep_freed_memory()
     assert dict(calls) == {-1: 1 << 30, -3: 1 << 29}
     assert all(value < 1 << 31 for _, value in calls), "mallopt takes an int"
+
+
+@pytest.mark.parametrize("calls", [True], indirect=True)
+def test_an_older_libc_gets_what_it_takes(calls: list[tuple[int, int]]) -> None:
+    keep_freed_memory()
+    assert dict(calls) == {-1: 1 << 30, -3: 1 << 25}
 
 
 @pytest.mark.parametrize(
