@@ -2,7 +2,7 @@
 # pyproject.toml or constraints.txt change.
 #
 #   make demo     train a small network, then average its snapshots    (out: demo/)
-#   make test     the tests             (more: PYTEST_ARGS="-n 4 -k average")
+#   make test     the tests             (more: WORKERS=8 PYTEST_ARGS="-k average")
 #   make lint     ruff and mypy
 #   make check    lint and test
 #   make format   apply what ruff can repair by itself
@@ -15,6 +15,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST_ARGS ?=
+WORKERS ?= 2
 
 .DEFAULT_GOAL := check
 .PHONY: demo test lint check format clean
@@ -31,8 +32,10 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/ensemblekit demo --force demo
 
+# Two processes of one thread each. Tests that hold limits of time and memory run by themselves.
 test: $(READY)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --ignore tests/faults $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/faults $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

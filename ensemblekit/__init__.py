@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from ensemblekit.commands.bench import bench as bench
     from ensemblekit.commands.compare import CompareOptions as CompareOptions
     from ensemblekit.commands.compare import compare as compare
-    from ensemblekit.commands.export import ExportOptions as ExportOptions
     from ensemblekit.commands.export import export as export
     from ensemblekit.commands.result import AverageResult as AverageResult
+    from ensemblekit.commands.subject import ExportOptions as ExportOptions
     from ensemblekit.commands.verify import verify_file as verify_file
     from ensemblekit.discovery import discover as discover
     from ensemblekit.ensemble_module import EnsembleModule as EnsembleModule
@@ -40,7 +40,7 @@ _PUBLIC: dict[str, str] = {
     "EnsembleKitError": "ensemblekit.errors",
     "CompareOptions": "ensemblekit.commands.compare",
     "EnsembleModule": "ensemblekit.ensemble_module",
-    "ExportOptions": "ensemblekit.commands.export",
+    "ExportOptions": "ensemblekit.commands.subject",
     "FusedEnsemble": "ensemblekit.ensemble_module",
     "Head": "ensemblekit.ensemble_module",
     "ModelOptions": "ensemblekit.options",

@@ -15,7 +15,8 @@ from ensemblekit.cli.allocator import keep_freed_memory
 from ensemblekit.errors import UsageError
 
 if TYPE_CHECKING:
-    from ensemblekit.commands.export import ExportOptions, ExportResult
+    from ensemblekit.commands.export import ExportResult
+    from ensemblekit.commands.subject import ExportOptions
     from ensemblekit.options import ModelOptions
     from ensemblekit.selection import Selection
 
@@ -178,7 +179,7 @@ def subject_options(
     rest: dict[str, Any], own: dict[str, Any]
 ) -> "tuple[ModelOptions, Selection, ExportOptions]":
     """What `SUBJECT` collected, as the commands take it."""
-    from ensemblekit.commands.export import ExportOptions
+    from ensemblekit.commands.subject import ExportOptions
     from ensemblekit.options import ModelOptions
     from ensemblekit.selection import Selection
 

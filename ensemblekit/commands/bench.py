@@ -18,7 +18,7 @@ from torch import nn
 from ensemblekit import environment
 from ensemblekit.candidates import Candidate, mean_row, one_hot
 from ensemblekit.combiners import combiner as known_combiner
-from ensemblekit.commands.export import ExportOptions, Subject, subject
+from ensemblekit.commands.subject import ExportOptions, Subject, subject
 from ensemblekit.discovery import discover
 from ensemblekit.distributed import one_process
 from ensemblekit.errors import EnsembleKitError, MachineError, UsageError, one_of

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ensemblekit.candidates import Candidate
-from ensemblekit.commands.export import ExportOptions, checked, doubts, subject
+from ensemblekit.commands.export import checked
+from ensemblekit.commands.subject import ExportOptions, doubts, subject
 from ensemblekit.discovery import discover
 from ensemblekit.distributed import one_process
 from ensemblekit.errors import IncompatibleError, UsageError, listing

@@ -147,6 +147,7 @@ BELOW = [
     "commands.diagnose",
     "commands.compare",
     "commands.triton",
+    "commands.subject",
     "commands.export",
     "commands.verify",
     "commands.bench",
