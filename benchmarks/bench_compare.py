@@ -100,7 +100,7 @@ def run(argv: list[str], cwd: Path) -> float:
     return time.perf_counter() - start
 
 
-def cost(images: int) -> dict[str, float]:
+def cost(images: int, turns: int) -> dict[str, float]:
     """Compare beside its passes alone."""
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
@@ -155,15 +155,15 @@ def cost(images: int) -> dict[str, float]:
         whole = [*ensemblekit_, *targets, "-o", "whole", "--train-data", "target.py:data"]
         # In turns, and the best of each: the machine's speed changes from minute to minute.
         best: dict[str, float] = {}
-        turns: dict[str, Callable[[], float]] = {
+        works: dict[str, Callable[[], float]] = {
             "forward": lambda: timed(forward) / MEMBERS,
             "narrow": lambda: run(narrow, work),
             "batch_norm": lambda: timed(batch_norm),
             "gradient": lambda: timed(gradient),
             "whole": lambda: run(whole, work),
         }
-        for _ in range(3):
-            for name_, turn in turns.items():
+        for _ in range(turns):
+            for name_, turn in works.items():
                 best[name_] = min(turn(), best.get(name_, float("inf")))
         forward_s, narrow_s, whole_s = best["forward"], best["narrow"], best["whole"]
         batch_norm_s, gradient_s = best["batch_norm"], best["gradient"]
@@ -265,11 +265,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", choices=["cost", "subsets", "size"])
     parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--turns", type=int, default=3)
     arguments = parser.parse_args()
     parts: dict[str, Callable[[], dict[str, float]]] = {
         "size": size,
         "subsets": all_subsets,
-        "cost": lambda: cost(arguments.images),
+        "cost": lambda: cost(arguments.images, arguments.turns),
     }
     found: dict[str, float] = {}
     for name, part in parts.items():
