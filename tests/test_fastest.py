@@ -1,0 +1,66 @@
+"""The fastest way to run an ensemble in torch: right, and never worse than the loop by choice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ensemblekit import EnsembleModule, FusedEnsemble, Head, fastest
+from ensemblekit.latency import Effort, Latency
+from ensemblekit.runtimes import choosing
+from tests.architectures import ARCHITECTURES, members
+
+SHORT = Effort(seconds=0.1, least=3, warm_up_s=0.05)
+
+
+@pytest.mark.parametrize("name", ["mlp", "resnet", "gru", "dict_input"])
+def test_it_gives_what_the_loop_gives(name: str) -> None:
+    architecture = ARCHITECTURES[name]
+    ensemble, head = members(architecture, 3), Head(architecture.task, "mean")
+    given = architecture.inputs(4, 1)
+    loop = EnsembleModule(ensemble, head).eval()
+    with torch.inference_mode():
+        if isinstance(given, dict):
+            made, wanted = fastest(ensemble, head, effort=SHORT, **given), loop(**given)
+            got = made(**given)
+        else:
+            made, wanted = fastest(ensemble, head, *given, effort=SHORT), loop(*given)
+            got = made(*given)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    if name == "gru":  # vmap has no rule for it
+        assert isinstance(made, EnsembleModule)
+
+
+@pytest.mark.parametrize("fused_ms, kind", [(0.5, FusedEnsemble), (0.99, EnsembleModule)])
+def test_the_loop_is_left_for_a_real_gain_only(
+    monkeypatch: pytest.MonkeyPatch, fused_ms: float, kind: type
+) -> None:
+    def measure(runs: dict[str, object], **_: object) -> dict[str, Latency]:
+        times = {"loop": 1.0, "fused": fused_ms}
+        return {n: Latency(1, 1, 9, times[n], times[n], times[n], times[n], 0.0, 0.0) for n in runs}
+
+    monkeypatch.setattr(choosing, "measure", measure)
+    architecture = ARCHITECTURES["mlp"]
+    made = fastest(
+        members(architecture, 2), Head("classification", "mean"), *architecture.inputs(2, 0)
+    )
+    assert type(made) is kind
+
+
+def test_a_single_member_is_its_own_loop() -> None:
+    architecture = ARCHITECTURES["mlp"]
+    made = fastest(members(architecture, 1), Head("classification"), *architecture.inputs(2, 0))
+    assert isinstance(made, EnsembleModule)
+
+
+def test_a_fused_module_that_is_wrong_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(FusedEnsemble):
+        def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+            return super().forward(*args, **kwargs) + 1
+
+    monkeypatch.setattr(choosing, "FusedEnsemble", Wrong)
+    architecture = ARCHITECTURES["mlp"]
+    made = fastest(
+        members(architecture, 2), Head("classification", "mean"), *architecture.inputs(2, 0)
+    )
+    assert isinstance(made, EnsembleModule)
