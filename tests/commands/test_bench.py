@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -382,15 +381,14 @@ def test_the_same_as_torchs_own_timer() -> None:
     timer = Timer("run()", globals={"run": run}, num_threads=1)
     effort = Effort(seconds=0.25, error=0.0, least=20, warm_up_s=0.1)
     try:
-        for attempt in range(3):
-            ours, theirs = [], []
-            for _ in range(3):
-                found = measure({"model": run}, clock=wall_clock(), batch_size=64, effort=effort)
-                ours.append(found["model"].p50_ms)
-                theirs.append(1000 * timer.blocked_autorange(min_run_time=0.25).median)
-            ratio = float(np.median(ours) / np.median(theirs))
-            if abs(ratio - 1) < 0.05:
+        ours, theirs = [], []
+        for turn in range(15):
+            found = measure({"model": run}, clock=wall_clock(), batch_size=64, effort=effort)
+            ours.append(found["model"].p50_ms)
+            theirs.append(1000 * timer.blocked_autorange(min_run_time=0.25).median)
+            # Others only ever make a turn slower: the least disturbed one of each side.
+            if turn >= 2 and abs(min(ours) / min(theirs) - 1) < 0.05:
                 return
-            assert attempt < 2, f"ours {ours} ms, torch's {theirs} ms"
+        pytest.fail(f"ours {ours} ms, torch's {theirs} ms")
     finally:
         torch.set_num_threads(before)
