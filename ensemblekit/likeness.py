@@ -18,6 +18,7 @@ import torch
 from ensemblekit.errors import NotFiniteError
 
 _NOTHING = 100.0  # below the largest logit: a probability of 1e-43
+_MOST = 0.9  # of the samples: a few large outputs set no scale for the others
 _NEARLY_NOTHING = 50.0  # what the other side may make of it
 Precision = str
 """`fp32`, `fp16`, `bf16`, `int8-dynamic` or `int8-static`: what the file computes in."""
@@ -28,7 +29,7 @@ class Tolerance:
     """What a precision may change.
 
     Attributes:
-        ratio: Largest difference over the largest output of a sample, or over the median of that,
+        ratio: Largest difference over the largest output of a sample, or of nine in ten samples,
             whichever is larger; None: any.
         flips: Share of decisions that may change, ties left out.
         tie: Two choices are equal when they differ by less than this times the larger one (or 1).
@@ -90,7 +91,8 @@ class Likeness:
         self.compared = False
         self.samples = 0
         self.difference = 0.0
-        self.ratio = 0.0
+        self.apart: list[npt.NDArray[np.float64]] = []  # of each sample: largest difference
+        self.scales: list[npt.NDArray[np.float64]] = []  # and largest output
         self.flips = self.ties = self.decisions = 0
         self.seen: set[int] = set()
         self.scored = 0
@@ -160,9 +162,18 @@ class Likeness:
             apart = np.abs(wanted - got)
         apart_N = np.where(matters, apart, 0.0).reshape(size, -1).max(1, initial=0.0)
         scale_N = np.where(matters, np.abs(wanted), 0.0).reshape(size, -1).max(1, initial=0.0)
-        scale_N = np.maximum(scale_N, np.median(scale_N))
         self.difference = max(self.difference, float(apart_N.max(initial=0.0)))
-        self.ratio = max(self.ratio, float((apart_N / np.maximum(scale_N, 1e-30)).max(initial=0.0)))
+        self.apart.append(apart_N)
+        self.scales.append(scale_N)
+
+    @property
+    def ratio(self) -> float:
+        """Largest difference over its sample's largest output, or that of nine in ten samples."""
+        if not self.scales:
+            return 0.0
+        scale_N = np.concatenate(self.scales)
+        scale_N = np.maximum(scale_N, np.quantile(scale_N, _MOST))
+        return float((np.concatenate(self.apart) / np.maximum(scale_N, 1e-30)).max(initial=0.0))
 
     def _decisions(
         self, wanted: npt.NDArray[Any], got: npt.NDArray[Any]
