@@ -122,8 +122,34 @@ class EnsembleModule(nn.Module):
         return self.head(torch.stack(outputs))
 
 
+class StreamedEnsemble(EnsembleModule):
+    """The loop with each member on a CUDA stream of its own, so that small kernels overlap."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The combined output (N, C, ...)."""
+        here = torch.cuda.current_stream()
+        outputs = []
+        for member, stream in zip(self.members, self._streams(here.device), strict=True):
+            stream.wait_stream(here)  # the inputs are there
+            with torch.cuda.stream(stream):
+                outputs.append(logits_of(member(*args, **kwargs), self.logits))
+        for output, stream in zip(outputs, self._streams(here.device), strict=True):
+            here.wait_stream(stream)
+            output.record_stream(here)  # its memory is not given away while we read it
+        return outputs[0] if self.head.plain else self.head(torch.stack(outputs))
+
+    def _streams(self, device: torch.device) -> list[torch.cuda.Stream]:
+        known: dict[torch.device, list[torch.cuda.Stream]] = self.__dict__.setdefault("_made", {})
+        if device not in known:
+            known[device] = [torch.cuda.Stream(device) for _ in self.members]  # type: ignore[no-untyped-call]
+        return known[device]
+
+
 class FusedEnsemble(nn.Module):
     """M members of one architecture as one call: weights stacked, `torch.func.vmap` over them.
+
+    What is bitwise equal in all members, such as a frozen trunk, is kept once, and what depends on
+    nothing else runs once.
 
     Args:
         members: In eval mode, with equal shapes.
@@ -137,12 +163,14 @@ class FusedEnsemble(nn.Module):
         super().__init__()
         self.head = head
         self.logits = logits
-        parameters, buffers = torch.func.stack_module_state(list(members))
-        names = [*parameters, *buffers]
-        for place, name in enumerate(names):  # names with dots are no names of buffers
-            value = parameters[name] if name in parameters else buffers[name]
-            self.register_buffer(f"stacked_{place}", value.detach())
-        self._names = names
+        states = [dict([*m.named_parameters(), *m.named_buffers()]) for m in members]
+        self._axes: dict[str, int | None] = {}
+        for place, name in enumerate(states[0]):  # names with dots are no names of buffers
+            values = [state[name].detach() for state in states]
+            shared = all(torch.equal(value, values[0]) for value in values)
+            self._axes[name] = None if shared else 0
+            self.register_buffer(f"held_{place}", values[0] if shared else torch.stack(values))
+        self._count = len(members)
         # `.to("meta")` would untie what is tied; in a list: no part of the state
         bare: dict[int, Any] = {
             id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False)
@@ -153,7 +181,7 @@ class FusedEnsemble(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The combined output (N, C, ...)."""
-        stacked = {name: getattr(self, f"stacked_{n}") for n, name in enumerate(self._names)}
+        held = {name: getattr(self, f"held_{n}") for n, name in enumerate(self._axes)}
 
         def one(state: dict[str, torch.Tensor]) -> torch.Tensor:
             made = torch.func.functional_call(self._skeleton[0], state, args, kwargs)
@@ -162,7 +190,12 @@ class FusedEnsemble(nn.Module):
         # vmap has no rule for torch's fused attention layer; a compiler takes it apart itself
         compiling = torch.compiler.is_compiling()
         with nullcontext() if compiling else plain_attention():
-            outputs_MNC = torch.func.vmap(one, randomness="same")(stacked)
+            if 0 in self._axes.values():
+                over = torch.func.vmap(one, in_dims=(self._axes,), randomness="same")
+                outputs_MNC = over(held)
+            else:  # all members are the same one
+                output = one(held)
+                outputs_MNC = output.expand(self._count, *output.shape)
         return outputs_MNC[0] if self.head.plain else self.head(outputs_MNC)
 
 

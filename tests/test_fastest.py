@@ -35,8 +35,8 @@ def test_it_gives_what_the_loop_gives(name: str) -> None:
 def test_the_loop_is_left_for_a_real_gain_only(
     monkeypatch: pytest.MonkeyPatch, fused_ms: float, kind: type
 ) -> None:
-    def measure(runs: dict[str, object], **_: object) -> dict[str, Latency]:
-        times = {"loop": 1.0, "fused": fused_ms}
+    def measure(runs: dict[int, object], **_: object) -> dict[int, Latency]:
+        times = {0: 1.0, 1: fused_ms}  # the loop comes first
         return {n: Latency(1, 1, 9, times[n], times[n], times[n], times[n], 0.0, 0.0) for n in runs}
 
     monkeypatch.setattr(choosing, "measure", measure)

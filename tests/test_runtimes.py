@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ensemblekit.batches import Batch
 from ensemblekit.ensemble_module import EnsembleModule, FusedEnsemble, Head
@@ -145,3 +147,25 @@ def test_fused_leaves_the_members_alone() -> None:
         assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
         assert all(p.requires_grad and p.device == CPU for p in model.parameters())
     assert not list(fused.parameters())  # weights are stacked, and nothing else is kept
+
+
+def test_what_members_share_runs_once() -> None:
+    """A frozen trunk under vmap: K members cost one trunk and K heads, in work and in memory."""
+    trunk = nn.Sequential(nn.Linear(32, 64), nn.ReLU())
+    every = [nn.Sequential(trunk, nn.Linear(64, 8)).eval() for _ in range(4)]
+    head_of, x = Head("classification", "mean"), torch.randn(16, 32)
+    fused = FusedEnsemble([copy.deepcopy(m) for m in every], head_of).eval()
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        got = fused(x)
+    assert counter.get_total_flops() == 2 * 16 * (32 * 64 + 4 * 64 * 8)
+    held = sum(value.numel() for value in fused.state_dict().values())
+    assert held == 32 * 64 + 64 + 4 * (64 * 8 + 8)
+    torch.testing.assert_close(got, called(EnsembleModule(every, head_of), (x,)))
+
+
+def test_members_that_are_all_the_same() -> None:
+    every = [copy.deepcopy(m) for m in 3 * members(ARCHITECTURES["mlp"], 1)]
+    fused = FusedEnsemble(every, Head("classification", "mean")).eval()
+    inputs = ARCHITECTURES["mlp"].inputs(4, 0)
+    wanted = called(EnsembleModule(every, Head("classification", "mean")), inputs)
+    torch.testing.assert_close(called(fused, inputs), wanted)

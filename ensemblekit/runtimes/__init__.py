@@ -64,7 +64,7 @@ class Session:
 
     Attributes:
         runtime: Its name in the registry.
-        execution: `loop`, `fused` or `graph`: how the members run.
+        execution: `loop`, `streams`, `fused` or `graph`: how the members run.
         provider: What really runs it.
         prepare: `prepare(batch)` puts inputs in place; the function it returns makes one run and
             gives its output.

@@ -5,13 +5,14 @@ by more than the stopwatch's error.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from ensemblekit.batches import Batch, forward
-from ensemblekit.ensemble_module import EnsembleModule, FusedEnsemble, Head
+from ensemblekit.ensemble_module import EnsembleModule, FusedEnsemble, Head, StreamedEnsemble
 from ensemblekit.latency import Effort, measure
 from ensemblekit.runtimes.torch_eager import device_clock
 
@@ -39,8 +40,8 @@ def fastest(
         **keywords: Inputs by keyword.
 
     Returns:
-        The loop, or the fused module where it gives the same outputs (1e-4 of the largest) and is
-        at least 2% faster.
+        The loop, or the fastest of its rivals (fused, on a GPU also on streams) that gives the same
+        outputs (1e-4 of the largest) and is at least 2% faster.
     """
     loop = EnsembleModule(members, head, logits=logits).eval()
     if len(members) == 1:
@@ -50,21 +51,23 @@ def fastest(
     values: Any = keywords or inputs
     size = len(next(iter(keywords.values() if keywords else inputs)))
     batch = Batch(values, None, size)
+    kinds = [FusedEnsemble, *([StreamedEnsemble] if device.type == "cuda" else [])]
+    ways: list[EnsembleModule | FusedEnsemble] = [loop]
     with torch.inference_mode():
         wanted = forward(loop, batch)
-        try:
-            fused = FusedEnsemble(members, head, logits=logits).eval()
-            got = forward(fused, batch)
-        except (torch.OutOfMemoryError, MemoryError):
-            return loop
-        except Exception:  # noqa: BLE001  # whatever vmap has no rule for runs in the loop
-            return loop
-        if not bool((got - wanted).abs().max() <= _AGREES * wanted.abs().max()):
-            return loop
+        for kind in kinds:
+            try:
+                rival: Any = kind(members, head, logits=logits).eval()
+                got = forward(rival, batch)
+            except Exception:  # noqa: BLE001, S112  # no rule of vmap, no memory: not a way
+                continue
+            if bool((got - wanted).abs().max() <= _AGREES * wanted.abs().max()):
+                ways.append(rival)
         found = measure(
-            {"loop": lambda: forward(loop, batch), "fused": lambda: forward(fused, batch)},
+            {place: partial(forward, way, batch) for place, way in enumerate(ways)},
             clock=device_clock(device),
             batch_size=size,
             effort=effort,
         )
-    return fused if found["fused"].p50_ms < _WORTH * found["loop"].p50_ms else loop
+    best = min(found, key=lambda place: found[place].p50_ms)
+    return ways[best] if found[best].p50_ms < _WORTH * found[0].p50_ms else loop

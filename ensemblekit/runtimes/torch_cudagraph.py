@@ -22,13 +22,13 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def open_sessions(work: Work) -> list[Session]:
-    """The captured loop and, of several members, the captured fused module."""
+    """The captured loop and, of several members, the fused module and the loop over streams."""
     clock = device_clock(work.device)
     return [
         Session(
             "torch-cudagraph", execution, "cuda", _captured(module, work), clock, work.precision
         )
-        for execution, module in executions(work).items()
+        for execution, module in executions(work, streams=True).items()
     ]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ensemblekit.batches import Batch, forward
-from ensemblekit.ensemble_module import EnsembleModule, FusedEnsemble
+from ensemblekit.ensemble_module import EnsembleModule, FusedEnsemble, StreamedEnsemble
 from ensemblekit.latency import Clock, Effort, Latency, cuda_clock, measure, wall_clock
 from ensemblekit.runtimes import Session, Work
 
@@ -25,10 +25,21 @@ def unavailable(_: torch.device) -> str | None:
 
 
 def open_sessions(work: Work) -> list[Session]:
-    """The loop over members."""
-    module = EnsembleModule(members_in(work), work.head, logits=work.logits).eval()
+    """The loop over members; on a GPU also with a stream for each."""
+    members = members_in(work)
+    kinds: dict[str, type[EnsembleModule]] = {"loop": EnsembleModule, **_streamed(work)}
     clock = device_clock(work.device)
-    return [Session("torch", "loop", work.device.type, runner(module, work), clock, work.precision)]
+    found = []
+    for execution, kind in kinds.items():
+        prepare = runner(kind(members, work.head, logits=work.logits).eval(), work)
+        found.append(Session("torch", execution, work.device.type, prepare, clock, work.precision))
+    return found
+
+
+def _streamed(work: Work) -> dict[str, type[EnsembleModule]]:
+    """Members overlap where there are several, and streams."""
+    several = len(work.members) > 1 and work.device.type == "cuda"
+    return {"streams": StreamedEnsemble} if several else {}
 
 
 def members_in(work: Work) -> list[nn.Module]:
@@ -39,14 +50,16 @@ def members_in(work: Work) -> list[nn.Module]:
     return [copy.deepcopy(member).to(dtype) for member in work.members]
 
 
-def executions(work: Work) -> dict[str, nn.Module]:
-    """The members in a loop and, where there are several, as one call."""
+def executions(work: Work, *, streams: bool = False) -> dict[str, nn.Module]:
+    """The members in a loop and, where there are several, as one call and on streams."""
     members = members_in(work)
     found: dict[str, nn.Module] = {
         "loop": EnsembleModule(members, work.head, logits=work.logits).eval()
     }
     if len(members) > 1:
         found["fused"] = FusedEnsemble(members, work.head, logits=work.logits).eval()
+    for execution, kind in (_streamed(work) if streams else {}).items():
+        found[execution] = kind(members, work.head, logits=work.logits).eval()
     return found
 
 

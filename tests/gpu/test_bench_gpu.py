@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ensemblekit.batches import as_batch
-from ensemblekit.ensemble_module import EnsembleModule, Head
+from ensemblekit.ensemble_module import EnsembleModule, Head, StreamedEnsemble
 from ensemblekit.latency import Effort, cuda_clock, measure
 from ensemblekit.runtimes import RUNTIMES, Work, sessions, unavailable
 
@@ -101,3 +101,13 @@ def test_against_tritons_benchmark() -> None:
     ours = measure({"model": run}, clock=cuda_clock(torch.device("cuda")), batch_size=32)
     theirs = testing.do_bench(run, return_mode="median")
     assert ours["model"].p50_ms == pytest.approx(theirs, rel=0.05)
+
+
+def test_members_on_streams_are_the_loop() -> None:
+    ensemble, head = members(4), Head("classification", "mean")
+    streamed, loop = StreamedEnsemble(ensemble, head), EnsembleModule(ensemble, head)
+    with torch.inference_mode():
+        for seed in range(20):  # memory is reused from run to run
+            torch.manual_seed(seed)
+            x = torch.randn(8, 3, 16, 16, device="cuda")
+            torch.testing.assert_close(streamed(x), loop(x))
