@@ -197,10 +197,11 @@ def main() -> None:
         for key, value in found[name]["ratios"].items():
             sys.stdout.write(f"{key:44} {value}\n")
         sys.stdout.flush()
-    if arguments.json:
-        Path(arguments.json).write_text(
-            json.dumps({"benchmark": "bench_latency", **found}, indent=1) + "\n", encoding="utf-8"
-        )
+        if arguments.json:  # after each: a large network may be too much for the machine
+            Path(arguments.json).write_text(
+                json.dumps({"benchmark": "bench_latency", **found}, indent=1) + "\n",
+                encoding="utf-8",
+            )
 
 
 if __name__ == "__main__":
