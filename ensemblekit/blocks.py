@@ -3,14 +3,16 @@
 Input: tensor descriptions. A block is an array of K rows of bytes, one row a snapshot.
 """
 
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from ensemblekit.checksums import crc32
 from ensemblekit.containers import Extent, TensorSpec, is_dense, read_array, storage_span
+from ensemblekit.dtypes import DType
 from ensemblekit.errors import DamagedError
+from ensemblekit.mixing import Scratch
 from ensemblekit.snapshots import Snapshot
 
 _BLOCK_VALUES = 1 << 20  # values of all snapshots together that are in hand at a time
@@ -20,8 +22,11 @@ _READ_BLOCK = 1 << 20
 class TensorBlocks:
     """Blocks of one tensor in every snapshot, in the order in which the storages hold them."""
 
-    def __init__(self, key: str, snapshots: Sequence[Snapshot]) -> None:
+    def __init__(
+        self, key: str, snapshots: Sequence[Snapshot], scratch: Scratch | None = None
+    ) -> None:
         self.key = key
+        self.scratch = scratch or Scratch()
         self.snapshots = snapshots
         self.specs = [snapshot.tensors[key] for snapshot in snapshots]
         first = self.specs[0]
@@ -42,28 +47,34 @@ class TensorBlocks:
         itemsize = spec.type.itemsize
         count = max(256, _BLOCK_VALUES // len(self.specs))
         step = min(count * itemsize, spec.nbytes)
-        buffer = np.empty((len(self.specs), step), np.uint8)
+        buffer = self.scratch.array("block", (len(self.specs), step), np.uint8)
         sums = [0] * len(self.specs)
         for offset in range(0, spec.nbytes, step):
             length = min(step, spec.nbytes - offset)
-            part = buffer if length == step else np.empty((len(self.specs), length), np.uint8)
+            if length < step:
+                buffer = self.scratch.array("block", (len(self.specs), length), np.uint8)
+            part = buffer
             for k, own in enumerate(self.specs):
                 if self.whole is not None:
                     part[k] = self.whole[k][offset : offset + length]
                     continue
                 own.extent.source.read_into(memoryview(part[k]), own.start + offset)
                 if _fills_storage(own) and own.extent.crc32 is not None:
-                    sums[k] = zlib.crc32(part[k], sums[k])
+                    sums[k] = crc32(part[k], sums[k])
             yield offset, part
         for k, own in enumerate(self.specs):
             if self.whole is None and _fills_storage(own) and own.extent.crc32 is not None:
                 _check_crc(own.extent, sums[k], f"{self.snapshots[k].path}: '{self.key}'")
 
-    def in_c_order(self, data: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """Bytes in storage order brought to C order."""
+    def in_c_order(
+        self, data: npt.NDArray[np.uint8], dtype: DType | None = None
+    ) -> npt.NDArray[np.uint8]:
+        """Bytes in storage order brought to C order; of another element type than the sources'."""
         assert self.permutation is not None
         spec = self.specs[0]
-        stored = data.view(spec.type.numpy).reshape([spec.shape[d] for d in self.permutation])
+        stored = data.view((dtype or spec.type).numpy).reshape(
+            [spec.shape[d] for d in self.permutation]
+        )
         in_order = stored.transpose(np.argsort(self.permutation))
         return np.ascontiguousarray(in_order).reshape(-1).view(np.uint8)
 
@@ -74,15 +85,18 @@ def _fills_storage(spec: TensorSpec) -> bool:
     return spec.offset == 0 and storage_span(spec) * spec.type.itemsize == spec.extent.nbytes
 
 
-def check_shared_storages(snapshots: Sequence[Snapshot]) -> None:
+def check_shared_storages(
+    snapshots: Sequence[Snapshot], keys: Collection[str] | None = None
+) -> None:
     """Checksums of storages of which no tensor is the whole are checked ahead."""
+    uneven = _differently_strided(snapshots)
     for snapshot in snapshots:
         specs = snapshot.tensors.items()
         partial = {
             extent: key
             for key, spec in specs
-            if not (_fills_storage(spec) and is_dense(spec))
-            or any(other.tensors[key].stride != spec.stride for other in snapshots)
+            if (keys is None or key in keys)
+            and (not (_fills_storage(spec) and is_dense(spec)) or key in uneven)
             for extent in spec.extents
         }
         for extent, key in partial.items():
@@ -91,8 +105,19 @@ def check_shared_storages(snapshots: Sequence[Snapshot]) -> None:
             total = 0
             for place in range(0, extent.nbytes, _READ_BLOCK):
                 length = min(_READ_BLOCK, extent.nbytes - place)
-                total = zlib.crc32(extent.source.read(extent.start + place, length), total)
+                total = crc32(extent.source.read(extent.start + place, length), total)
             _check_crc(extent, total, f"{snapshot.path}: '{key}'")
+
+
+def _differently_strided(snapshots: Sequence[Snapshot]) -> set[str]:
+    """Keys whose elements do not lie in the same order in all snapshots."""
+    first = snapshots[0].tensors
+    return {
+        key
+        for snapshot in snapshots[1:]
+        for key, spec in snapshot.tensors.items()
+        if spec.stride != first[key].stride
+    }
 
 
 def _check_crc(extent: Extent, found: int, where: str) -> None:

@@ -127,6 +127,8 @@ def narrow(values: npt.NDArray[np.float64], dtype: np.dtype[Any]) -> npt.NDArray
     if dtype.isbuiltin == 1:  # numpy's own types round once
         return values.astype(dtype)
     nearest = values.astype(np.float32)
+    if dtype == DTYPES["bfloat16"].numpy:
+        return _to_bfloat16(values, nearest)
     back = nearest.astype(np.float64)
     inexact = back != values
     if not inexact.any():
@@ -135,3 +137,27 @@ def narrow(values: npt.NDArray[np.float64], dtype: np.dtype[Any]) -> npt.NDArray
     bits -= (inexact & (np.abs(back) > np.abs(values))).astype(np.uint32)  # towards zero ...
     bits |= inexact.astype(np.uint32)  # ... and sticky
     return nearest.astype(dtype)
+
+
+def _to_bfloat16(
+    values: npt.NDArray[np.float64], nearest: npt.NDArray[np.float32]
+) -> npt.NDArray[Any]:
+    """The upper halves of the floats, rounded.
+
+    Where a lower half says "just between two" the doubles decide: a float may have been rounded to
+    there.
+    """
+    bits = nearest.view(np.uint32)
+    middle = np.flatnonzero((bits & 0xFFFF) == 0x8000)
+    if middle.size:
+        exact, rounded = np.abs(values[middle]), np.abs(nearest[middle]).astype(np.float64)
+        bits[middle[exact > rounded]] += 1
+        bits[middle[exact < rounded]] -= 1
+    odd = (bits >> 16) & 1
+    lost = np.isnan(nearest)
+    bits += odd
+    bits += 0x7FFF
+    upper = (bits >> 16).astype(np.uint16)
+    if lost.any():
+        upper[lost] = 0x7FC0
+    return upper.view(DTYPES["bfloat16"].numpy)

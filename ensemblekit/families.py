@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ensemblekit.averaging.ema import ema_row
+from ensemblekit.averaging.lawa import last_row
 from ensemblekit.candidates import BatchNorm, Candidate, Row, mean_row, one_hot
 from ensemblekit.errors import UsageError
 
@@ -88,7 +90,7 @@ def averages(count: int, batch_norm: BatchNorm) -> list[Candidate]:
     rows = {"uniform": mean_row(count)}
     rows |= {f"last-{k}": last_row(k, count) for k in _LADDER if k < count}
     if count > 2:
-        rows["ema"] = ema_row(count, half_life=max(count / 5, 1.0))
+        rows["ema"] = ema_row(count, 2.0 ** (-1.0 / max(count / 5, 1.0)))
     return [mixed(name, row, batch_norm) for name, row in rows.items()]
 
 
@@ -167,14 +169,3 @@ def ensemble_names(count: int, combiners: Sequence[str]) -> list[str]:
 def ladder(count: int) -> list[int]:
     """Sizes of partial ensembles: all up to 12 snapshots, then steps that grow."""
     return [k for k in range(2, count) if count <= 12 or k in _LADDER]
-
-
-def last_row(taken: int, count: int) -> Row:
-    """The mean of the last `taken` of `count` snapshots (LAWA, Kaddour 2022)."""
-    return Row(tuple(float(k >= count - taken) for k in range(count)), float(taken))
-
-
-def ema_row(count: int, *, half_life: float) -> Row:
-    """Weights that halve every `half_life` snapshots, the newest the largest."""
-    coefficients = tuple(float(2.0 ** ((k - count + 1) / half_life)) for k in range(count))
-    return Row(coefficients, float(sum(coefficients)))

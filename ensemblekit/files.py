@@ -1,4 +1,4 @@
-"""Owns the file system: safe reading of what may change under us, atomic writing of what must not.
+"""Owns the reading of files: safe where they may change under us, and few open at a time.
 
 Input: paths. Reads go through `pread` on one descriptor, never mmap: a mapped file that is cut
 short kills the process, one that is overwritten gives mixed values without an error.
@@ -8,15 +8,14 @@ import contextlib
 import errno
 import hashlib
 import os
-import secrets
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
-from ensemblekit.errors import DamagedError, InputError, MachineError, UsageError
+from ensemblekit.errors import DamagedError, InputError, MachineError
 
 _BLOCK = 1 << 20
 _OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
@@ -316,99 +315,3 @@ def sha256(source: Source) -> str:
         source.read_into(part, offset)
         digest.update(part)
     return digest.hexdigest()
-
-
-class AtomicFile:
-    """A file that appears under its name complete or not at all.
-
-    Bytes go to a temporary file in the same folder. `commit` makes them durable, lets the
-    caller read them back, and renames; leaving the context without `commit` removes them.
-
-    Args:
-        path: The final name; its folder must exist.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-        self._descriptor = -1
-
-    def __enter__(self) -> "AtomicFile":
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
-        self._descriptor = self._guarded("create", lambda: os.open(self.temporary, flags, 0o666))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-        with contextlib.suppress(FileNotFoundError):
-            self.temporary.unlink()
-
-    def write_at(self, data: bytes | memoryview, offset: int) -> None:
-        """Write all of `data` at `offset`; calls may come from several threads."""
-        view = memoryview(data).cast("B")
-        done = 0
-        while done < len(view):
-            part, place = view[done:], offset + done
-            try:
-                done += os.pwrite(self._descriptor, part, place)
-            except OSError as error:
-                raise from_os_error(error, self.path, doing="write") from error
-
-    def seal(self) -> Source:
-        """Make the bytes durable and return the temporary file for reading back."""
-        self._guarded("sync", lambda: os.fsync(self._descriptor))
-        return Source(self.temporary)
-
-    def rename(self) -> None:
-        """Put the file under its final name."""
-        self._guarded("rename", lambda: os.replace(self.temporary, self.path))
-
-    def _guarded(self, doing: str, call: Callable[[], Any]) -> Any:
-        try:
-            return call()
-        except OSError as error:
-            raise from_os_error(error, self.path, doing=doing) from error
-
-
-@contextlib.contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, so that two writers' files never mix; sync its entries at the end."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(ImportError, OSError):  # no fcntl, or a file system without locks
-            import fcntl
-
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-        with contextlib.suppress(OSError):  # some network file systems cannot sync a folder
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def check_output(path: Path, *, inputs: list[Path], force: bool) -> None:
-    """Refuse an output that would overwrite something it must not.
-
-    Raises:
-        UsageError: The folder is missing, the output is an input, or it exists without `force`.
-    """
-    folder = path.parent
-    if not folder.is_dir():
-        raise UsageError(f"output folder {folder} does not exist", hint=f"mkdir -p {folder}")
-    if path.is_dir():
-        raise UsageError(f"output {path} is a folder", hint="name a file with -o")
-    if not os.path.lexists(path):
-        return
-    for source in inputs:
-        if path.exists() and source.exists() and path.samefile(source):
-            raise UsageError(
-                f"output {path} is also an input ({source}); reading it would destroy it",
-                hint="choose another name with -o",
-            )
-    if not force:
-        raise UsageError(
-            f"output {path} exists already",
-            hint="choose another name with -o, or --force to replace it",
-        )

@@ -4,10 +4,11 @@ Input: a `SnapshotSet` and rows over it. Everything streams: a block of each sna
 goes through a float64 accumulator, so memory grows neither with K nor with the model.
 """
 
+import contextlib
 import glob
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,9 +18,10 @@ import numpy.typing as npt
 
 from ensemblekit.blocks import TensorBlocks, check_shared_storages
 from ensemblekit.candidates import Row
-from ensemblekit.dtypes import narrow
+from ensemblekit.dtypes import DTYPES, DType
 from ensemblekit.errors import IncompatibleError, InputError, NotFiniteError
-from ensemblekit.snapshots import SnapshotSet
+from ensemblekit.mixing import Moments, NotRegular, Scratch, careful, is_quick, quick
+from ensemblekit.snapshots import Signature, SnapshotSet
 
 Sink = Callable[[str, int, npt.NDArray[np.uint8]], None]
 """`sink(key, offset, data)`: takes bytes of a finished tensor, C order, from a byte offset on."""
@@ -43,20 +45,30 @@ class Similarity:
 
 
 @dataclass
-class _Moments:
-    """Per tensor: squared norms of the snapshots, their products with the mean, its norm."""
+class _Work:
+    """What the workers share: what is asked for, their memory, what they report by key."""
 
-    squares_K: npt.NDArray[np.float64]
-    products_K: npt.NDArray[np.float64]
-    square: float = 0.0
-
-
-@dataclass
-class _Tally:
-    """What the workers report, by key."""
-
-    moments: dict[str, _Moments] = field(default_factory=dict)
+    replaced: frozenset[str]
+    dtype: DType | None
+    scratch: Scratch = field(default_factory=Scratch)
+    moments: dict[str, Moments] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def target(self, own: DType) -> DType | None:
+        """The type that values of type `own` become, None where they stay what they are."""
+        if self.dtype is None or own.kind != "float" or own.name == self.dtype.name:
+            return None
+        return self.dtype
+
+
+def converted(signature: Signature, dtype: str | None) -> Signature:
+    """The signature with the floating-point tensors in another type."""
+    if dtype is None:
+        return signature
+    return {
+        key: (shape, dtype if DTYPES[own].kind == "float" else own)
+        for key, (shape, own) in signature.items()
+    }
 
 
 def weighted_sums(
@@ -67,6 +79,21 @@ def weighted_sums(
     replaced: frozenset[str] = frozenset(),
     threads: int | None = None,
 ) -> Similarity:
+    """`sums` of all tensors, and how alike the snapshots are, seen from the first row."""
+    moments = sums(snapshots, rows, sinks, replaced=replaced, threads=threads)
+    return similarity(snapshots, rows[0], moments)
+
+
+def sums(
+    snapshots: SnapshotSet,
+    rows: Sequence[Row],
+    sinks: Sequence[Sink],
+    *,
+    keys: Collection[str] | None = None,
+    dtype: str | None = None,
+    replaced: frozenset[str] = frozenset(),
+    threads: int | None = None,
+) -> dict[str, Moments]:
     """Make the weights of every row in one read of the snapshots.
 
     Sums run in canonical order in float64 (float64 sources: compensated), are divided once and
@@ -78,11 +105,13 @@ def weighted_sums(
         snapshots: K snapshots.
         rows: M rows of K coefficients.
         sinks: M receivers; called from several threads, in order within a key.
+        keys: Only these tensors; tied ones are given together with the first of them.
+        dtype: Type of the floating-point results; the sources' own when None.
         replaced: Keys whose values the caller replaces; they need not make sense.
         threads: Workers; default: one for each core, at most 4.
 
     Returns:
-        How alike the snapshots are, seen from the first row.
+        By key, what `similarity` is made of.
 
     Raises:
         NotFiniteError: NaN or Inf in a snapshot or, by overflow, in a result.
@@ -92,11 +121,15 @@ def weighted_sums(
     """
     assert len(rows) == len(sinks)
     assert all(len(row.coefficients) == len(snapshots) for row in rows)
-    check_shared_storages(snapshots.snapshots)
-    tally = _Tally()
-    twins = {group[0]: group for group in snapshots.ties}
-    followers = {key for group in snapshots.ties for key in group[1:]}
-    jobs = [key for key in snapshots.first.tensors if key not in followers]
+    work = _Work(replaced, None if dtype is None else DTYPES[dtype])
+    wanted = snapshots.first.tensors if keys is None else frozenset(keys)
+    check_shared_storages(snapshots.snapshots, wanted)
+    twins: dict[str, list[str]] = {}
+    for group in snapshots.ties:
+        here = [key for key in group if key in wanted]
+        twins |= {here[0]: here} if here else {}
+    followers = {key for group in twins.values() for key in group[1:]}
+    jobs = [key for key in snapshots.first.tensors if key in wanted and key not in followers]
     jobs.sort(key=lambda key: -snapshots.first.tensors[key].nbytes)  # long ones first
     workers = threads or min(4, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool:
@@ -107,8 +140,7 @@ def weighted_sums(
                 key,
                 rows,
                 [_fan_out(sink, twins.get(key, (key,))) for sink in sinks],
-                tally,
-                replaced=replaced,
+                work,
             )
             for key in jobs
         ]
@@ -123,12 +155,14 @@ def weighted_sums(
     for snapshot in snapshots.snapshots:
         for source in snapshot.sources:
             source.check_unchanged()
-    return _similarity(snapshots, rows[0], tally)
+    return work.moments
 
 
-def array_sink(snapshots: SnapshotSet) -> tuple[dict[str, npt.NDArray[Any]], Sink]:
-    """Empty arrays of the snapshots' signature, and a sink that fills them."""
-    arrays = {key: np.empty(s.shape, s.type.numpy) for key, s in snapshots.first.tensors.items()}
+def array_sink(signature: Signature) -> tuple[dict[str, npt.NDArray[Any]], Sink]:
+    """Empty arrays of a signature, and a sink that fills them."""
+    arrays = {
+        key: np.empty(shape, DTYPES[dtype].numpy) for key, (shape, dtype) in signature.items()
+    }
     flat = {key: array.reshape(-1).view(np.uint8) for key, array in arrays.items()}
 
     def sink(key: str, offset: int, data: npt.NDArray[np.uint8]) -> None:
@@ -141,7 +175,7 @@ def materialize(
     snapshots: SnapshotSet, rows: Sequence[Row], *, replaced: frozenset[str] = frozenset()
 ) -> tuple[list[dict[str, npt.NDArray[Any]]], Similarity]:
     """The weights of every row as arrays in memory, in torch's dtypes seen by numpy."""
-    targets = [array_sink(snapshots) for _ in rows]
+    targets = [array_sink(snapshots.first.signature) for _ in rows]
     similarity = weighted_sums(snapshots, rows, [sink for _, sink in targets], replaced=replaced)
     return [arrays for arrays, _ in targets], similarity
 
@@ -159,33 +193,33 @@ def _average_tensor(
     key: str,
     rows: Sequence[Row],
     sinks: Sequence[Sink],
-    tally: _Tally,
-    *,
-    replaced: frozenset[str],
+    work: _Work,
 ) -> None:
     specs = [snapshot.tensors[key] for snapshot in snapshots.snapshots]
     spec = specs[0]
     if spec.size == 0:
         return
-    reader = TensorBlocks(key, snapshots.snapshots)
+    reader = TensorBlocks(key, snapshots.snapshots, work.scratch)
+    target = work.target(spec.type)
+    growth = 1 if target is None else target.itemsize / spec.type.itemsize
     collect = reader.permutation is not None
     parts: list[list[npt.NDArray[np.uint8]]] = [[] for _ in rows]
-    moments = _Moments(np.zeros(len(specs)), np.zeros(len(specs)))
+    moments = Moments.none(len(specs))
     for offset, block_KB in reader:
         if spec.type.kind in ("float", "complex"):
-            results = _mix_floats(snapshots, key, block_KB, rows, moments, replaced=replaced)
+            results = _mix_floats(snapshots, key, block_KB, rows, moments, work)
         else:
             results = _pick_integers(snapshots, key, block_KB, rows)
         for m, result in enumerate(results):
             if collect:
                 parts[m].append(result.copy())
             else:
-                sinks[m](key, offset, result)
+                sinks[m](key, int(offset * growth), result)
     if collect:
         for m, pieces in enumerate(parts):
-            sinks[m](key, 0, reader.in_c_order(np.concatenate(pieces)))
-    with tally.lock:
-        tally.moments[key] = moments
+            sinks[m](key, 0, reader.in_c_order(np.concatenate(pieces), target or spec.type))
+    with work.lock:
+        work.moments[key] = moments
 
 
 def _mix_floats(
@@ -193,96 +227,31 @@ def _mix_floats(
     key: str,
     block_KB: npt.NDArray[np.uint8],
     rows: Sequence[Row],
-    moments: _Moments,
-    *,
-    replaced: frozenset[str],
+    moments: Moments,
+    work: "_Work",
 ) -> list[npt.NDArray[np.uint8]]:
     real = snapshots.first.tensors[key].type.real
-    bits_KN = block_KB.view(f"u{real.itemsize}")
-    same_N = (bits_KN == bits_KN[0]).all(axis=0)
-    equal = bool(same_N.all())
+    target = work.target(snapshots.first.tensors[key].type)
+    if is_quick(real, rows) and not key.endswith("running_var"):
+        with contextlib.suppress(NotRegular):
+            results = quick(block_KB, real, rows, moments, work.scratch, target)
+            if target is not None:
+                for result in results:
+                    _check_result(key, result.view(target.real))
+            return results
     with np.errstate(invalid="ignore"):  # NaN is reported below, with its key
         values_KN = block_KB.view(real).astype(np.float64)
-    _check_values(snapshots, key, values_KN, constant=equal)
-    results = []
-    for m, row in enumerate(rows):
-        only = 0 if equal else row.only
-        if only is not None:
-            mixed_N, result = values_KN[only], block_KB[only]
-        else:
-            mixed_N = _mix_within_range(values_KN, row, compensated=real == np.float64)
-            with np.errstate(over="ignore", invalid="ignore"):
-                narrowed = narrow(mixed_N, real)
-            np.copyto(narrowed.view(bits_KN.dtype), bits_KN[0], where=same_N)
-            result = narrowed.view(np.uint8)
-            if key not in replaced:
-                _check_result(key, narrowed)
-        if m == 0:
-            with np.errstate(invalid="ignore", over="ignore"):
-                moments.squares_K += np.einsum("kn,kn->k", values_KN, values_KN)
-                moments.products_K += np.einsum("kn,n->k", values_KN, mixed_N)
-                moments.square += float(np.einsum("n,n->", mixed_N, mixed_N))
-        results.append(result)
+    bits_KN = block_KB.view(f"u{real.itemsize}")
+    _check_values(snapshots, key, values_KN, constant=bool((bits_KN == bits_KN[0]).all()))
+    results = careful(block_KB, values_KN, real, rows, moments, target)
+    for row, result in zip(rows, results, strict=True):
+        if key not in work.replaced and (row.only is None or target is not None):
+            _check_result(
+                key,
+                result.view(real if target is None else target.real),
+                constant=bool(np.isinf(values_KN).any()),
+            )
     return results
-
-
-_SHRINK = 2.0**-100
-
-
-def _mix_within_range(
-    values_KN: npt.NDArray[np.float64], row: Row, *, compensated: bool
-) -> npt.NDArray[np.float64]:
-    """The sum of large float64 values can overflow where their mean does not."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        mixed_N = _mix(values_KN, row, compensated=compensated)
-        far_N = ~np.isfinite(mixed_N)
-        if far_N.any():
-            near = _mix(values_KN[:, far_N] * _SHRINK, row, compensated=compensated)
-            mixed_N[far_N] = near / _SHRINK
-    return mixed_N
-
-
-def _mix(
-    values_KN: npt.NDArray[np.float64], row: Row, *, compensated: bool
-) -> npt.NDArray[np.float64]:
-    total_N = np.zeros(values_KN.shape[1])
-    lost_N = np.zeros_like(total_N)
-    for values_N, coefficient in zip(values_KN, row.coefficients, strict=True):
-        if coefficient == 0:
-            continue
-        term_N = values_N if coefficient == 1 else values_N * coefficient
-        if not compensated:
-            total_N += term_N
-            continue
-        if coefficient != 1:
-            lost_N += _product_error(values_N, coefficient, term_N)
-        new_N = total_N + term_N  # Knuth's two-sum: what the addition lost, exactly
-        part_N = new_N - total_N
-        lost_N += (total_N - (new_N - part_N)) + (term_N - part_N)
-        total_N = new_N
-    if not compensated:
-        total_N /= row.divisor
-        return total_N
-    mean_N = (total_N + lost_N) / row.divisor
-    back_N = mean_N * row.divisor  # one step of long division: what the quotient left over
-    left_N = (total_N - back_N) - _product_error(mean_N, row.divisor, back_N) + lost_N
-    mean_N += left_N / row.divisor
-    return mean_N
-
-
-def _product_error(
-    values_N: npt.NDArray[np.float64], factor: float, product_N: npt.NDArray[np.float64]
-) -> npt.NDArray[np.float64]:
-    """What rounding took from `values * factor`, exactly (Dekker 1971); 0 near overflow."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        high_N = values_N * 134217729.0
-        high_N -= high_N - values_N
-        low_N = values_N - high_N
-        high = factor * 134217729.0
-        high -= high - factor
-        low = factor - high
-        error_N = ((high_N * high - product_N) + high_N * low + low_N * high) + low_N * low
-        return np.where(np.isfinite(error_N), error_N, 0.0)
 
 
 def _pick_integers(
@@ -323,13 +292,14 @@ def _check_values(
         )
 
 
-def _check_result(key: str, values: npt.NDArray[Any]) -> None:
+def _check_result(key: str, values: npt.NDArray[Any], *, constant: bool = False) -> None:
+    """Nothing may overflow; Inf that all snapshots have (a mask) stays."""
     with np.errstate(invalid="ignore"):  # float8 has NaN that numpy warns of
         wide = values.astype(np.float64)
-    if not np.isfinite(wide).all():
+    if not constant and not np.isfinite(wide).all():
         raise NotFiniteError(
             f"'{key}': the average does not fit into {values.dtype}",
-            hint="coefficients far from a mean extrapolate; choose smaller ones",
+            hint="choose a wider --dtype, or coefficients nearer to those of a mean",
         )
     if key.endswith("running_var") and (wide < 0).any():
         raise InputError(
@@ -338,20 +308,21 @@ def _check_result(key: str, values: npt.NDArray[Any]) -> None:
         )
 
 
-def _similarity(snapshots: SnapshotSet, row: Row, tally: _Tally) -> Similarity:
+def similarity(snapshots: SnapshotSet, row: Row, moments: Mapping[str, Moments]) -> Similarity:
+    """How alike the snapshots are, from the moments of all tensors under a row."""
     count = len(snapshots)
     squares_K, products_K, square = np.zeros(count), np.zeros(count), 0.0
     outliers: list[tuple[str, str, float]] = []
-    for key in sorted(tally.moments):  # a fixed order, whatever the threads did
+    for key in sorted(moments):  # a fixed order, whatever the threads did
         if key.endswith(("running_mean", "running_var")):
             continue
-        moments = tally.moments[key]
-        if np.isfinite(moments.squares_K).all():
-            squares_K += moments.squares_K
-            products_K += moments.products_K
-            square += moments.square
+        own = moments[key]
+        if np.isfinite(own.squares_K).all():
+            squares_K += own.squares_K
+            products_K += own.products_K
+            square += own.square
             if snapshots.first.tensors[key].size >= _OUTLIER_SIZE:
-                outliers += _outliers(snapshots, key, moments.squares_K)
+                outliers += _outliers(snapshots, key, own.squares_K)
     shares_K = np.array(row.weights)  # what the others sum to: the mean less one's own share
     with_others_K = products_K - shares_K * squares_K
     others_K = square - 2 * shares_K * products_K + shares_K**2 * squares_K

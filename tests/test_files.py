@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from ensemblekit import files
+from ensemblekit.atomic import AtomicFile, check_output, locked_folder
 from ensemblekit.errors import DamagedError, InputError, MachineError, UsageError
-from ensemblekit.files import AtomicFile, Source, check_output, from_os_error, locked_folder, sha256
+from ensemblekit.files import Source, from_os_error, sha256
 
 DATA = bytes(range(256)) * 16
 

@@ -107,7 +107,7 @@ def test_variances(tmp_path: Path) -> None:
     good = saved(tmp_path, one, other, key="bn.running_var")
     with pytest.raises(InputError, match="variance"):
         mixed(good, Row((2.0, -1.0), 1.0), key="bn.running_var")
-    [arrays], sink = [array_sink(good)[0]], array_sink(good)[1]
+    [arrays], sink = [array_sink(good.first.signature)[0]], array_sink(good.first.signature)[1]
     weighted_sums(good, [Row((2.0, -1.0), 1.0)], [sink], replaced=frozenset({"bn.running_var"}))
     assert arrays
     bad = saved(tmp_path, one, -other, key="bn.running_var")

@@ -3,13 +3,17 @@
 Input: snapshots and an objective on choosing data.
 """
 
-from ensemblekit.averaging import Objective
+from typing import TYPE_CHECKING
+
 from ensemblekit.candidates import Row, one_hot
 from ensemblekit.errors import UsageError
-from ensemblekit.snapshots import SnapshotSet
+
+if TYPE_CHECKING:
+    from ensemblekit.averaging import Objective
+    from ensemblekit.snapshots import SnapshotSet
 
 
-def greedy_soup(snapshots: SnapshotSet, *, objective: Objective | None = None) -> Row:
+def greedy_soup(snapshots: "SnapshotSet", *, objective: "Objective | None" = None) -> Row:
     """Snapshots from the best to the worst; each joins if the mean with it is at least as good.
 
     Raises:

@@ -3,10 +3,14 @@
 Input: snapshots; only their number matters.
 """
 
+from typing import TYPE_CHECKING
+
 from ensemblekit.candidates import Row, mean_row
-from ensemblekit.snapshots import SnapshotSet
+
+if TYPE_CHECKING:
+    from ensemblekit.snapshots import SnapshotSet
 
 
-def uniform(snapshots: SnapshotSet, *, objective: object = None) -> Row:
+def uniform(snapshots: "SnapshotSet", *, objective: object = None) -> Row:
     """All snapshots with the same weight, (1, ..., 1) / K."""
     return mean_row(len(snapshots))

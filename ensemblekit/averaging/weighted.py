@@ -5,14 +5,20 @@ Input: snapshots and one coefficient for each, in canonical order.
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 from ensemblekit.candidates import Row
 from ensemblekit.errors import UsageError, listing
-from ensemblekit.snapshots import SnapshotSet
+
+if TYPE_CHECKING:
+    from ensemblekit.snapshots import SnapshotSet
 
 
 def weighted(
-    snapshots: SnapshotSet, *, coefficients: Sequence[float] | None = None, objective: object = None
+    snapshots: "SnapshotSet",
+    *,
+    coefficients: Annotated[Sequence[float] | None, "one number a snapshot, oldest first"] = None,
+    objective: object = None,
 ) -> Row:
     """The coefficients divided by their sum; negative ones extrapolate.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ensemblekit import averaging
 from ensemblekit.averaging import RULES
 from ensemblekit.cli import options, show
 from ensemblekit.cli.allocator import keep_freed_memory
@@ -16,6 +17,20 @@ from ensemblekit.errors import UsageError, listing
 if TYPE_CHECKING:
     from ensemblekit.commands.result import AverageResult
 
+_KINDS: dict[type, dict[str, Any]] = {
+    int: {"type": int, "metavar": "N"},
+    float: {"type": float, "metavar": "X"},
+    tuple: {"metavar": "X1,X2,..."},
+}
+_RULE_OPTIONS = averaging.options()
+RULE_OPTIONS = options.stack(
+    *(
+        options.option(
+            one.flag, **_KINDS[one.kind], help=f"For --method {' or '.join(one.rules)}: {one.help}."
+        )
+        for one in _RULE_OPTIONS.values()
+    )
+)
 _SELECTION = ("weights", "exclude", "last", "every", "from_step", "to_step", "best", "by")
 
 
@@ -26,21 +41,27 @@ _SELECTION = ("weights", "exclude", "last", "every", "from_step", "to_step", "be
     "--output",
     default="averaged.safetensors",
     show_default=True,
-    metavar="FILE",
-    help="The file to write.",
+    metavar="PATH",
+    help="What to write: .safetensors, .pt, .pth, .ckpt (Lightning), or a folder (no ending).",
+)
+@options.option(
+    "--dtype",
+    metavar="TYPE",
+    help="Element type of the result, such as bfloat16 [default: that of the checkpoints].",
+)
+@options.option(
+    "--max-shard-size",
+    default="5GB",
+    show_default=True,
+    metavar="SIZE",
+    help="Of one file of a folder.",
 )
 @options.option(
     "--method",
-    default="uniform",
-    show_default=True,
     type=click.Choice(list(RULES)),
-    help="The averaging rule.",
+    help="The averaging rule [default: uniform, or the one whose option is given].",
 )
-@options.option(
-    "--coefficients",
-    metavar="C1,C2,...",
-    help="For --method weighted: one number a snapshot, oldest first.",
-)
+@RULE_OPTIONS
 @options.CANDIDATE
 @options.SELECTION
 @options.MODEL
@@ -61,8 +82,9 @@ def command(
     /,
     checkpoints: tuple[str, ...],
     output: str,
-    method: str,
-    coefficients: str | None,
+    dtype: str | None,
+    max_shard_size: str,
+    method: str | None,
     candidate: str | None,
     source: str | None,
     bn: str,
@@ -85,12 +107,15 @@ def command(
     from ensemblekit.selection import Selection
 
     taken = options.candidate(candidate, source)
-    if taken is not None and (coefficients is not None or method != "uniform" or bn != "auto"):
+    rule_options = {
+        name: options.numbers(value) if _RULE_OPTIONS[name].kind is tuple else value
+        for name in _RULE_OPTIONS
+        if (value := rest.pop(name)) is not None
+    }
+    if taken is not None and (rule_options or method is not None or bn != "auto"):
         raise UsageError("--candidate has its own coefficients and BatchNorm statistics")
     selecting = {name: rest.pop(name) for name in _SELECTION}
-    rule_options = {} if coefficients is None else {"coefficients": options.numbers(coefficients)}
-    if coefficients is not None and method == "uniform":
-        method = "weighted"
+    method = averaging.method_for(method, rule_options)
     if rest.get("model") is not None:
         keep_freed_memory()
     with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is not our data
@@ -103,6 +128,8 @@ def command(
             model=ModelOptions(model_args=options.pairs(model_arg) if model_arg else {}, **rest),
             bn=bn,
             candidate=taken,
+            dtype=dtype,
+            shard_bytes=options.size(max_shard_size),
             force=force,
             dry_run=dry_run,
             strict=strict,

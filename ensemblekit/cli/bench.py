@@ -174,7 +174,7 @@ def _finite(value: Any) -> Any:
 
 
 def _check_free(path: Path, *, force: bool) -> None:
-    from ensemblekit.files import check_output
+    from ensemblekit.atomic import check_output
 
     check_output(path, inputs=[], force=force)
 
@@ -230,7 +230,7 @@ def _cells(row: "Row") -> list[str]:
 
 
 def _write(result: "BenchResult", paths: dict[str, Path]) -> None:
-    from ensemblekit.files import AtomicFile
+    from ensemblekit.atomic import AtomicFile
 
     makers = {"markdown": _markdown, "csv": _csv, "html": _html}
     for kind, path in paths.items():

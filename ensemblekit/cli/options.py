@@ -3,6 +3,7 @@
 Input: nothing; commands apply these as decorators.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -180,6 +181,23 @@ def numbers(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.replace(" ", "").split(","))
     except ValueError as error:
         raise UsageError(f"{text!r} is not a list of numbers such as 1,1,2") from error
+
+
+def size(text: str) -> int:
+    """Bytes of a size such as 5GB or 200MB.
+
+    Raises:
+        UsageError: Something else.
+
+    >>> size("5GB"), size("1.5 mb"), size("1GiB")
+    (5000000000, 1500000, 1073741824)
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    if found is None:
+        raise UsageError(f"{text!r} is not a size such as 5GB or 200MB")
+    number, unit, binary = found.groups()
+    power = " kmgt".index(unit.lower() or " ")
+    return int(float(number) * (1024 if binary else 1000) ** power)
 
 
 def pairs(texts: tuple[str, ...]) -> Mapping[str, Any]:

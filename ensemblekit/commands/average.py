@@ -3,9 +3,10 @@
 Input: paths, a rule, and optionally a model and data. Without a model nothing here imports torch.
 """
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,53 @@ import numpy as np
 import numpy.typing as npt
 
 from ensemblekit import averaging, writers
+from ensemblekit.atomic import check_output
 from ensemblekit.candidates import Row
 from ensemblekit.commands import provenance
 from ensemblekit.commands.bn_plan import BN_POLICIES, BnPlan, plan_bn
 from ensemblekit.commands.result import AverageResult, Measured
 from ensemblekit.discovery import discover
 from ensemblekit.distributed import rank
-from ensemblekit.errors import CheckFailedError, UsageError, one_of
-from ensemblekit.files import check_output
+from ensemblekit.dtypes import DTYPES, narrow
+from ensemblekit.errors import CheckFailedError, UsageError, listing, one_of
+from ensemblekit.mixing import Moments
 from ensemblekit.options import ModelOptions, Progress
 from ensemblekit.selection import Selection
 from ensemblekit.snapshots import SnapshotSet, position
-from ensemblekit.state import Similarity, Sink, array_sink, weighted_sums
+from ensemblekit.state import Similarity, Sink, array_sink, converted, similarity, sums
+from ensemblekit.writers import folder, lightning
+from ensemblekit.writers.saving import save
 
 SAME_BASIN = 0.8  # two seeds measured 0.05 to 0.46, snapshots of one run 0.85 and more
+FLOATS = tuple(name for name, dtype in DTYPES.items() if dtype.kind == "float")
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where the average goes, and in which form.
+
+    Attributes:
+        path: A file (its ending chooses the format) or, without an ending, a folder; None keeps
+            the average in memory.
+        dtype: Element type of all floating-point tensors; their own when None.
+        shard_bytes: Of one file of a folder at most.
+        force: Replace what is there.
+        dry_run: Write nothing.
+    """
+
+    path: Path | None
+    dtype: str | None = None
+    shard_bytes: int = folder.SHARD_BYTES
+    force: bool = False
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None:
+            one_of(self.dtype, FLOATS, what="--dtype")
+        if self.shard_bytes < 1:
+            raise UsageError(f"--max-shard-size {self.shard_bytes}: must be more than 0")
+        if self.path is not None:
+            writers.check_format(self.path)
 
 
 def average(
@@ -39,6 +73,8 @@ def average(
     model: ModelOptions | None = None,
     bn: str = "auto",
     candidate: tuple[str, str | os.PathLike[str]] | None = None,
+    dtype: str | None = None,
+    shard_bytes: int = folder.SHARD_BYTES,
     force: bool = False,
     dry_run: bool = False,
     strict: bool = False,
@@ -49,7 +85,8 @@ def average(
 
     Args:
         checkpoints: Files, folders, globs.
-        output: The file to write; None keeps the average in memory (`result.state`).
+        output: `.safetensors`, `.pt`, `.pth`, `.ckpt` (Lightning) or, without an ending, a folder
+            in Hugging Face's form; None keeps the average in memory (`result.state`).
         method: Name of an averaging rule.
         rule_options: Its options.
         selection: Which weights and which snapshots.
@@ -59,6 +96,8 @@ def average(
             insists, `average` never does, `error` refuses to leave them averaged.
         candidate: (name, comparison.json): make a candidate that `compare` measured, with the
             BatchNorm statistics it was measured with. Leaves no room for a rule or for `bn`.
+        dtype: Element type of all floating-point tensors, rounded to once; their own when None.
+        shard_bytes: Of one file of a folder at most.
         force: Replace an existing output.
         dry_run: Say what would be done.
         strict: A warning is a failed check.
@@ -75,22 +114,19 @@ def average(
     one_of(bn, BN_POLICIES, what="--bn policy")
     paths = [checkpoints] if isinstance(checkpoints, str | os.PathLike) else list(checkpoints)
     path = None if output is None else Path(output)
-    if path is not None:
-        writers.check_format(path)
+    target = Output(path, dtype, shard_bytes, force, dry_run)
     snapshots = discover(*paths, selection=selection)
     if candidate is not None:
         return _measured_before(
             snapshots,
             candidate[0],
             Path(candidate[1]),
-            path,
-            force=force,
-            dry_run=dry_run,
+            target,
             strict=strict,
             command=command,
         )
     options = options.with_model_from([s.facts.model_hint for s in snapshots.snapshots])
-    row = averaging.rule(method)(snapshots, **(rule_options or {}))
+    row = _row(snapshots, method, rule_options or {}, bn, options, progress)
     if snapshots.ordered_by == "content" and len({*row.coefficients}) > 1:
         raise UsageError(
             "coefficients need an order, and neither the files nor their names tell one",
@@ -102,13 +138,12 @@ def average(
     request: dict[str, Any] = {}
     if path is not None:
         if not force or not dry_run:
-            request = provenance.request(snapshots, row, method, bn, options)
+            request = provenance.request(snapshots, row, method, bn, options, dtype)
         if not force and (done := provenance.up_to_date(path, result, request)):
             if strict and done.warnings:
                 raise CheckFailedError(f"--strict: {done.warnings[0]}")
             return done
-        check_output(path, inputs=_files(snapshots), force=force)
-        writers.plan(path, snapshots.first.signature, {})
+        _check(target, snapshots)
     if dry_run:
         shown = None if path is None else str(path)
         return replace(result, output=shown, warnings=tuple(warnings))
@@ -123,18 +158,34 @@ def average(
     result = replace(
         result, batch_norm=_bn_json(plan, measured), evaluation=tuple(measured.evaluation)
     )
-    weights = _Weights(snapshots, row, measured, warnings, strict=strict)
-    return _written(result, weights, path, request, command, force=force)
+    weights = _Weights(snapshots, row, measured, warnings, dtype=dtype, strict=strict)
+    return _written(result, weights, target, request, command)
+
+
+def _row(
+    snapshots: SnapshotSet,
+    method: str,
+    rule_options: Mapping[str, Any],
+    bn: str,
+    options: ModelOptions,
+    progress: Progress | None,
+) -> Row:
+    """What the rule makes; no model runs unless it asks for its figures."""
+    rule: Callable[..., Row] = averaging.rule(method)
+    if options.model is None or options.val_data is None:
+        return rule(snapshots, **rule_options)
+    from ensemblekit.commands.objective import ValidationObjective
+
+    with contextlib.closing(ValidationObjective(snapshots, bn, options, progress)) as objective:
+        return rule(snapshots, objective=objective, **rule_options)
 
 
 def _measured_before(
     snapshots: SnapshotSet,
     name: str,
     comparison: Path,
-    path: Path | None,
+    target: Output,
     *,
-    force: bool,
-    dry_run: bool,
     strict: bool,
     command: Sequence[str],
 ) -> AverageResult:
@@ -158,33 +209,68 @@ def _measured_before(
     measured = Measured(policy, dict(statistics), taken.samples)
     result = replace(result, batch_norm=_bn_json(plan, measured))
     request: dict[str, Any] = {}
+    path = target.path
     if path is not None:
-        request = provenance.request(taken.snapshots, row, name, policy, ModelOptions())
+        request = provenance.request(
+            taken.snapshots, row, name, policy, ModelOptions(), target.dtype
+        )
         request["comparison"] = provenance.file_digest(comparison)
-        if not force and (done := provenance.up_to_date(path, result, request)):
+        if not target.force and (done := provenance.up_to_date(path, result, request)):
             return done
-        check_output(path, inputs=_files(taken.snapshots), force=force)
-    if dry_run or rank() != 0:
+        _check(target, taken.snapshots)
+    if target.dry_run or rank() != 0:
         shown = None if path is None else str(path)
         return replace(result, output=shown, warnings=tuple(warnings))
-    weights = _Weights(taken.snapshots, row, measured, warnings, strict=strict)
-    return _written(result, weights, path, request, command, force=force)
+    weights = _Weights(taken.snapshots, row, measured, warnings, dtype=target.dtype, strict=strict)
+    return _written(result, weights, target, request, command)
+
+
+def _check(target: Output, snapshots: SnapshotSet) -> None:
+    """Refuse early what could not be written."""
+    path = target.path
+    assert path is not None
+    if writers.is_folder(path):
+        folder.check_replaceable(path, inputs=_files(snapshots), force=target.force)
+    else:
+        check_output(path, inputs=_files(snapshots), force=target.force)
+        writers.layout(path, _content(target, snapshots, {}, []))
+
+
+def _content(
+    target: Output, snapshots: SnapshotSet, metadata: Mapping[str, str], warnings: list[str]
+) -> writers.Content:
+    """What goes into the output; what cannot go along is said in `warnings`."""
+    newest = snapshots.snapshots[-1]
+    signature = converted(snapshots.first.signature, target.dtype)
+    content = writers.Content(signature, snapshots.ties, metadata)
+    path = target.path
+    assert path is not None
+    if path.suffix == ".ckpt":
+        document, left = lightning.document(newest)
+        if left:
+            warnings.append(f"{path}: not carried along, because not plain values: {listing(left)}")
+        return replace(content, document=document)
+    if writers.is_folder(path):
+        source = newest.path if newest.path.is_dir() else newest.path.parent
+        if (source / "config.json").is_file():
+            return replace(content, copies=folder.companions(source, target.dtype))
+    return content
 
 
 def _written(
     result: AverageResult,
     weights: "_Weights",
-    path: Path | None,
+    target: Output,
     request: dict[str, Any],
     command: Sequence[str],
-    *,
-    force: bool,
 ) -> AverageResult:
-    """The weights in their file, or in memory when there is no path."""
-    snapshots = weights.snapshots
+    """The weights in their place, or in memory when there is no path."""
+    snapshots, path = weights.snapshots, target.path
     if path is None:
-        arrays, sink = array_sink(snapshots)
-        cosines = weights.fill(sink).cosines
+        arrays, sink = array_sink(converted(snapshots.first.signature, target.dtype))
+        weights.fill(sink)
+        weights.done()
+        cosines = weights.similarity.cosines
         return replace(result, warnings=tuple(weights.warnings), cosines=cosines, state=arrays)
     done = result
 
@@ -199,15 +285,21 @@ def _written(
         )
         return provenance.manifest(done, snapshots, weights.row, weights.policy, command, request)
 
-    writers.save(
-        path,
-        snapshots.first.signature,
-        provenance.metadata(snapshots, result),
-        weights.fill,
-        manifest,
-        inputs=_files(snapshots),
-        force=force,
-    )
+    content = _content(target, snapshots, provenance.metadata(snapshots, result), weights.warnings)
+    inputs = _files(snapshots)
+    if writers.is_folder(path):
+        folder.save_folder(
+            path,
+            content,
+            weights,
+            manifest,
+            inputs=inputs,
+            force=target.force,
+            shard_bytes=target.shard_bytes,
+            request=provenance.digest({**request, "shard_bytes": target.shard_bytes}),
+        )
+    else:
+        save(path, content, weights, manifest, inputs=inputs, force=target.force)
     return done
 
 
@@ -258,6 +350,7 @@ class _Weights:
         measured: Measured,
         warnings: list[str],
         *,
+        dtype: str | None,
         strict: bool,
     ) -> None:
         self.snapshots = snapshots
@@ -265,25 +358,41 @@ class _Weights:
         self.policy = measured.policy
         self.statistics = measured.statistics
         self.warnings = warnings
+        self.dtype = dtype
         self.strict = strict
         self.similarity = Similarity(())
+        self.notes: dict[str, Any] = {}
 
-    def fill(self, sink: Sink) -> Similarity:
-        """Give every tensor to `sink`, recomputed statistics in the place of averaged ones."""
+    def fill(self, sink: Sink, keys: Collection[str] | None = None) -> None:
+        """Give tensors to `sink`, recomputed statistics in the place of averaged ones."""
 
         def unless_replaced(key: str, offset: int, data: npt.NDArray[np.uint8]) -> None:
             if key not in self.statistics:
                 sink(key, offset, data)
 
-        self.similarity = weighted_sums(
-            self.snapshots, [self.row], [unless_replaced], replaced=frozenset(self.statistics)
+        made = sums(
+            self.snapshots,
+            [self.row],
+            [unless_replaced],
+            keys=keys,
+            dtype=self.dtype,
+            replaced=frozenset(self.statistics),
         )
+        self.notes |= {key: moments.to_json() for key, moments in made.items()}
         for key, values in self.statistics.items():
-            sink(key, 0, np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+            if keys is None or key in keys:
+                own = self.snapshots.first.tensors[key].dtype
+                kind = DTYPES[self.dtype or own].numpy
+                rounded = narrow(np.ascontiguousarray(values, np.float64), kind)
+                sink(key, 0, rounded.reshape(-1).view(np.uint8))
+
+    def done(self) -> None:
+        """What all tensors together say of the snapshots."""
+        moments = {key: Moments.from_json(value) for key, value in self.notes.items()}
+        self.similarity = similarity(self.snapshots, self.row, moments)
         self.warnings += _basin_warnings(self.snapshots, self.similarity)
         if self.strict and self.warnings:
             raise CheckFailedError(f"--strict: {self.warnings[0]}")
-        return self.similarity
 
 
 def _basin_warnings(snapshots: SnapshotSet, similarity: Similarity) -> list[str]:

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 from ensemblekit import __version__
+from ensemblekit.atomic import check_output
 from ensemblekit.candidates import mean_row
 from ensemblekit.commands import chosen, provenance, triton
 from ensemblekit.commands.subject import ExportOptions, Subject, doubts, subject
 from ensemblekit.discovery import discover
 from ensemblekit.distributed import one_process
 from ensemblekit.errors import CheckFailedError, UnsupportedError, UsageError
-from ensemblekit.files import check_output
 from ensemblekit.graphs import interface as interfaces
 from ensemblekit.graphs import precision as precisions
 from ensemblekit.graphs import saving

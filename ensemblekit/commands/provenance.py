@@ -60,7 +60,12 @@ def manifest(
 
 
 def request(
-    snapshots: SnapshotSet, row: Row, method: str, bn: str, options: ModelOptions
+    snapshots: SnapshotSet,
+    row: Row,
+    method: str,
+    bn: str,
+    options: ModelOptions,
+    dtype: str | None = None,
 ) -> dict[str, Any]:
     """What determines the output: the same request over the same inputs gives the same file."""
     sources = [source for s in snapshots.snapshots for source in s.sources]
@@ -75,9 +80,15 @@ def request(
         "method": method,
         "coefficients": [*row.coefficients, row.divisor],
         "bn": bn,
+        "dtype": dtype,
         "model": None if options.model is None else _options_digest(options),
         "version": __version__,
     }
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of plain values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:
@@ -88,9 +99,9 @@ def file_digest(path: Path) -> str:
 def up_to_date(path: Path, result: AverageResult, request: dict[str, Any]) -> AverageResult | None:
     """The result of the earlier identical command, if its output is still there and whole."""
     earlier = writers.read_manifest(path)
-    if earlier is None or not path.is_file() or earlier.get("request") != request:
+    if earlier is None or not path.exists() or earlier.get("request") != request:
         return None
-    if earlier.get("sha256") != sha256(Source(path)):
+    if path.is_dir() != writers.is_folder(path) or earlier.get("sha256") != writers.digest(path):
         return None
     try:
         return _earlier(path, result, earlier)

@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ensemblekit import reports
+from ensemblekit.atomic import locked_folder
 from ensemblekit.errors import InputError, UsageError, listing
-from ensemblekit.files import from_os_error, locked_folder
+from ensemblekit.files import from_os_error
 
 JSON_NAME = "comparison.json"
 STATISTICS_NAME = "batch_norm.npz"

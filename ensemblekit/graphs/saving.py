@@ -15,7 +15,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ensemblekit.files import Source, from_os_error, locked_folder, sha256
+from ensemblekit.atomic import locked_folder
+from ensemblekit.files import Source, from_os_error, sha256
 
 EXTERNAL_ABOVE = 2_000_000_000  # bytes of weights; a protobuf holds 2 GiB
 _SMALL = 1024  # bytes of a tensor that stays in the graph in any case

@@ -1,29 +1,58 @@
-"""Owns outputs: a file in the format of its ending, complete or absent, with a manifest beside it.
+"""Owns what outputs are: formats by ending, what goes into them, where the manifest stands.
 
-Input: a signature, and a function that fills the tensors in. A writer module offers
-`layout(signature, metadata) -> Layout`.
+Input: a signature and facts. A writer module of a file format offers `layout(content) -> Layout`;
+a folder is several safetensors files (`writers.folder`).
 """
 
+import hashlib
 import json
-import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from hashlib import sha256
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from ensemblekit.errors import MachineError, UsageError
-from ensemblekit.files import AtomicFile, Source, check_output, locked_folder
+from ensemblekit.errors import UsageError
+from ensemblekit.files import Source, sha256
 from ensemblekit.snapshots import Signature
 
-WRITERS: dict[str, str] = {".safetensors": "ensemblekit.writers.safetensors"}
+WRITERS: dict[str, str] = {
+    ".safetensors": "ensemblekit.writers.safetensors",
+    ".pt": "ensemblekit.writers.torch_zip",
+    ".pth": "ensemblekit.writers.torch_zip",
+    ".ckpt": "ensemblekit.writers.lightning",
+}
 
-_BLOCK = 1 << 20
 _MARK = "ensemblekit"
+
+Sink = Callable[[str, int, npt.NDArray[np.uint8]], None]
+
+
+@dataclass(frozen=True)
+class Content:
+    """What an output holds.
+
+    Attributes:
+        signature: Shape and dtype by key.
+        ties: Groups of keys that share one storage.
+        metadata: Texts that travel inside, where the format has room for them.
+        document: Plain values beside the weights, of formats that are a tool's checkpoint.
+        copies: Files that travel with a folder, and what of their JSON is changed.
+    """
+
+    signature: Signature
+    ties: Sequence[Sequence[str]] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    document: Mapping[str, Any] = field(default_factory=dict)
+    copies: Mapping[Path, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def followers(self) -> frozenset[str]:
+        """Keys whose bytes are another key's, too."""
+        return frozenset(key for group in self.ties for key in group[1:])
 
 
 @dataclass(frozen=True)
@@ -31,15 +60,31 @@ class Layout:
     """Where everything goes in an output file.
 
     Attributes:
-        head: Bytes at the start.
-        places: (first byte, number of bytes) of each tensor, without gaps behind the head.
+        places: (first byte, number of bytes) of each tensor; keys that share another's bytes are
+            left out.
+        frame: All bytes that are no tensor's, with their offsets, once the tensors' CRC-32 are known.
     """
 
-    head: bytes
     places: Mapping[str, tuple[int, int]]
+    frame: Callable[[Mapping[str, int]], Sequence[tuple[int, bytes]]]
 
 
-Fill = Callable[[Callable[[str, int, npt.NDArray[np.uint8]], None]], object]
+class Filler(Protocol):
+    """What gives the values of tensors."""
+
+    notes: dict[str, Any]
+    """What is known of the keys that are filled and is needed in the end; plain values."""
+
+    def fill(self, sink: Sink, keys: Collection[str] | None = None) -> None:
+        """Give every tensor, or those of some keys, to `sink(key, offset, data)`."""
+
+    def done(self) -> None:
+        """All tensors are filled: checks that need them all."""
+
+
+def is_folder(path: Path) -> bool:
+    """Whether an output of this name is a folder."""
+    return path.suffix not in WRITERS and (path.suffix == "" or path.is_dir())
 
 
 def check_format(path: Path) -> None:
@@ -48,18 +93,19 @@ def check_format(path: Path) -> None:
     Raises:
         UsageError: Lists the endings that are.
     """
-    if not path.name:
+    if not path.name or path.name == "..":
         raise UsageError("the output has no name", hint="-o averaged.safetensors")
-    if path.suffix not in WRITERS:
+    if path.suffix not in WRITERS and not is_folder(path):
         raise UsageError(
-            f"output {path}: unknown ending '{path.suffix}'; valid: {', '.join(WRITERS)}",
-            hint=f"-o {path.with_suffix('.safetensors')}",
+            f"output {path}: unknown ending '{path.suffix}'; valid: {', '.join(WRITERS)}, or none "
+            "for a folder",
+            hint=f"-o {path.with_suffix('.safetensors')}; for a folder of this name: mkdir {path}",
         )
 
 
-def plan(path: Path, signature: Signature, metadata: Mapping[str, str]) -> Layout:
-    """Where everything would go in the output; raises where the format cannot hold it."""
-    made: Layout = import_module(WRITERS[path.suffix]).layout(signature, metadata)
+def layout(path: Path, content: Content) -> Layout:
+    """Where everything goes in a file; raises where the format cannot hold it."""
+    made: Layout = import_module(WRITERS[path.suffix]).layout(content)
     return made
 
 
@@ -77,92 +123,14 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) and _MARK in value else None
 
 
-def save(
-    path: Path,
-    signature: Signature,
-    metadata: Mapping[str, str],
-    fill: Fill,
-    manifest: Callable[[str], Mapping[str, Any]],
-    *,
-    inputs: list[Path],
-    force: bool,
-) -> str:
-    """Write an output and its manifest, read back and verified, and return its SHA-256.
-
-    Args:
-        path: The output; its ending chooses the format.
-        signature: Shape and dtype by key.
-        metadata: Texts that travel inside the file.
-        fill: Called with `sink(key, offset, data)`; must fill every tensor.
-        manifest: Makes the manifest from the SHA-256 of the output.
-        inputs: Files that must not be overwritten.
-        force: Replace an existing output.
-
-    Raises:
-        UsageError: The output exists and `force` is not given, or is an input.
-        MachineError: The disk is full, or gave back other bytes than were written.
-    """
-    check_format(path)
-    note_path = manifest_path(path)
-    layout: Layout = import_module(WRITERS[path.suffix]).layout(signature, metadata)
-    with AtomicFile(path) as file, AtomicFile(note_path) as note:
-        checksums = dict.fromkeys(signature, 0)
-
-        def sink(key: str, offset: int, data: npt.NDArray[np.uint8]) -> None:
-            start, nbytes = layout.places[key]
-            assert offset + data.size <= nbytes
-            view = memoryview(np.ascontiguousarray(data).data)
-            file.write_at(view, start + offset)
-            checksums[key] = zlib.crc32(view, checksums[key])
-
-        file.write_at(layout.head, 0)
-        fill(sink)
-        digest = _read_back(file.seal(), layout, checksums)
-        text = json.dumps({_MARK: True, **manifest(digest)}, indent=2, sort_keys=False)
-        note.write_at(text.encode() + b"\n", 0)
-        note.seal().close()
-        with locked_folder(path.parent):
-            check_output(path, inputs=inputs, force=force)
-            check_output(note_path, inputs=inputs, force=True)
-            if note_path.exists() and read_manifest(path) is None and not force:
-                raise UsageError(
-                    f"{note_path} exists and is no manifest of ours", hint="use --force"
-                )
-            # the manifest first: if we are stopped in between, the old output is still there
-            earlier = note_path.read_bytes() if note_path.exists() else None
-            try:
-                note.rename()
-                file.rename()
-            except BaseException:
-                if not file.temporary.exists():  # both are in place
-                    raise
-                _put_back(note_path, earlier)
-                raise
-    return digest
+def digest(path: Path) -> str:
+    """SHA-256 of an output as it is now."""
+    if path.is_dir():
+        return folder_digest({file.name: sha256(Source(file)) for file in path.iterdir()})
+    return sha256(Source(path))
 
 
-def _put_back(path: Path, earlier: bytes | None) -> None:
-    if earlier is None:
-        path.unlink(missing_ok=True)
-        return
-    with AtomicFile(path) as file:
-        file.write_at(earlier, 0)
-        file.rename()
-
-
-def _read_back(source: Source, layout: Layout, checksums: Mapping[str, int]) -> str:
-    digest = sha256()
-    head = source.read(0, len(layout.head))
-    digest.update(head)
-    sound = head == layout.head
-    for key, (start, nbytes) in sorted(layout.places.items(), key=lambda item: item[1]):
-        total = 0
-        for place in range(start, start + nbytes, _BLOCK):
-            data = source.read(place, min(_BLOCK, start + nbytes - place))
-            digest.update(data)
-            total = zlib.crc32(data, total)
-        sound = sound and total == checksums[key]
-    source.close()
-    if not sound:
-        raise MachineError(f"{source.path}: the disk gave back other bytes than were written")
-    return digest.hexdigest()
+def folder_digest(files: Mapping[str, str]) -> str:
+    """SHA-256 over the names and digests of a folder's files, in the form of `sha256sum *`."""
+    lines: Iterable[str] = (f"{files[name]}  {name}\n" for name in sorted(files))
+    return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()

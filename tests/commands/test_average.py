@@ -318,8 +318,15 @@ def test_a_dtype_that_the_output_cannot_hold(tmp_path: Path, out: Path, dry_run:
 
 
 def test_every_rule_is_reachable(run: Path) -> None:
-    options = {"weighted": {"coefficients": (4, 3, 2, 1)}}
+    options = {
+        "weighted": {"coefficients": (4, 3, 2, 1)},
+        "posthoc-ema": {"width": 0.1, "stored_widths": (0.05,)},
+    }
+    with pytest.raises(UsageError, match="--val-data"):
+        average(run, method="greedy-soup")
     for name in averaging.RULES:
+        if name == "greedy-soup":
+            continue
         result = average(run, method=name, rule_options=options.get(name))
         assert result.method == name
         assert sum(s["coefficient"] for s in result.snapshots) == pytest.approx(1)

@@ -11,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ensemblekit.atomic import AtomicFile
 from ensemblekit.dtypes import DTYPES
-from ensemblekit.files import AtomicFile, Source
+from ensemblekit.files import Source
 from ensemblekit.snapshots import Signature
-from ensemblekit.writers import WRITERS
+from ensemblekit.writers import WRITERS, Content
 from ensemblekit.writers import safetensors as writer
 
 from ..checkpoints import any_tensor, assert_same_tensors, state, tree_of
@@ -70,9 +71,10 @@ def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
     """Through our writer's layout, values put where it says."""
     names = {key: str(t.dtype).removeprefix("torch.") for key, t in tensors.items()}
     signature: Signature = {key: (tuple(t.shape), names[key]) for key, t in tensors.items()}
-    plan = writer.layout(signature, metadata)
+    plan = writer.layout(Content(signature, metadata=metadata))
     with AtomicFile(path) as file:
-        file.write_at(plan.head, 0)
+        for start, data in plan.frame({}):
+            file.write_at(data, start)
         for key, (start, length) in plan.places.items():
             raw = bytes(tensors[key].contiguous().clone().untyped_storage())
             assert len(raw) == length
@@ -137,8 +139,8 @@ def test_any_file_goes_both_ways(
 def test_data_begin_at_a_multiple_of_eight() -> None:
     """Readers that map the file want aligned tensors."""
     for length in range(20):
-        plan = writer.layout({"k" * (length + 1): ((2,), "float64")}, {})
-        assert len(plan.head) % 8 == 0
+        plan = writer.layout(Content({"k" * (length + 1): ((2,), "float64")}))
+        assert plan.places["k" * (length + 1)][0] % 8 == 0
 
 
 def test_registered_writer() -> None:

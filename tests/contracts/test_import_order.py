@@ -19,6 +19,8 @@ ABOVE = [
     "statistics",
     "dtypes",
     "files",
+    "checksums",
+    "atomic",
     "containers",
     "containers.memory",
     "containers.safetensors",
@@ -64,14 +66,24 @@ ABOVE = [
     "averaging",
     "averaging.uniform",
     "averaging.weighted",
+    "averaging.ema",
+    "averaging.lawa",
+    "averaging.wsm",
+    "averaging.posthoc_ema",
     "averaging.greedy_soup",
     "averaging.learned_soup",
     "families",
+    "mixing",
     "blocks",
     "state",
     "distances",
     "writers",
     "writers.safetensors",
+    "writers.pickling",
+    "writers.torch_zip",
+    "writers.lightning",
+    "writers.saving",
+    "writers.folder",
 ]
 BELOW = [
     "distributed",
@@ -143,6 +155,7 @@ BELOW = [
     "commands.chosen",
     "commands.audit",
     "commands.measure",
+    "commands.objective",
     "commands.average",
     "commands.diagnose",
     "commands.compare",
@@ -171,6 +184,7 @@ ORDER = ["", *ABOVE, *BELOW]
 # These may import what is heavy, or below them, where it is used: inside a function.
 INSIDE = {
     ("commands.average", "commands.measure"),
+    ("commands.average", "commands.objective"),
     ("commands.provenance", "targets"),
     ("cli.settings", "cli.main"),  # the registry of commands, whose options are the settings
 }

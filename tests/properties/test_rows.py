@@ -154,7 +154,7 @@ def test_neither_blocks_nor_threads_matter(
     row = data.draw(rows(len(network.states), signed=False))
     with on_disk(network.states) as snapshots:
         [expected] = made(snapshots, row)
-        arrays, sink = array_sink(snapshots)
+        arrays, sink = array_sink(snapshots.first.signature)
         with mock.patch.object(blocks, "_BLOCK_VALUES", 1):
             weighted_sums(snapshots, [row], [sink], threads=threads)
     assert not unlike({key: array.tobytes() for key, array in arrays.items()}, expected)
