@@ -122,9 +122,9 @@ def save_folder(
             partial,
             {**manifest(digest), "files": files},
             lambda: replace_folder(partial, path),
+            lambda: check_replaceable(path, inputs=inputs, force=force),
             inputs=inputs,
-            force=force or path.is_dir(),  # what may be replaced was looked at above
-            folder=True,
+            force=force,
         )
     return digest
 

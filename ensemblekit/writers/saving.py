@@ -53,7 +53,15 @@ def save(
         filler.fill(filling.sink)
         filler.done()
         digest = filling.seal()
-        publish(path, file.temporary, manifest(digest), file.rename, inputs=inputs, force=force)
+        publish(
+            path,
+            file.temporary,
+            manifest(digest),
+            file.rename,
+            lambda: check_output(path, inputs=inputs, force=force),
+            inputs=inputs,
+            force=force,
+        )
     return digest
 
 
@@ -111,10 +119,10 @@ def publish(
     ready: Path,
     manifest: Mapping[str, Any],
     show: Callable[[], None],
+    check: Callable[[], None],
     *,
     inputs: list[Path],
     force: bool,
-    folder: bool = False,
 ) -> None:
     """Show an output that is ready under its name, with its manifest.
 
@@ -123,12 +131,12 @@ def publish(
         ready: The output under its temporary name.
         manifest: What to write beside it.
         show: Renames the output.
+        check: Refuses a name that must not be replaced; called when nobody else can write there.
         inputs: Files that must not be overwritten.
-        force: Replace an existing output.
-        folder: The output is a folder.
+        force: Replace a file that stands in the manifest's place.
 
     Raises:
-        UsageError: As `check_output`, now that nobody else can write it.
+        UsageError: As `check`.
     """
     note_path = manifest_path(path)
     own = ready.stat().st_ino
@@ -136,7 +144,7 @@ def publish(
         note.write_at(json.dumps({"ensemblekit": True, **manifest}, indent=2).encode() + b"\n", 0)
         note.seal().close()
         with locked_folder(path.parent):
-            check_output(path, inputs=inputs, force=force, folder=folder)
+            check()
             check_output(note_path, inputs=inputs, force=True)
             if note_path.exists() and read_manifest(path) is None and not force:
                 raise UsageError(

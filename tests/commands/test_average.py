@@ -322,7 +322,7 @@ def test_every_rule_is_reachable(run: Path) -> None:
         "weighted": {"coefficients": (4, 3, 2, 1)},
         "posthoc-ema": {"width": 0.1, "stored_widths": (0.05,)},
     }
-    with pytest.raises(UsageError, match="--val-data"):
+    with pytest.raises(UsageError, match="chosen on data"):
         average(run, method="greedy-soup")
     for name in averaging.RULES:
         if name == "greedy-soup":
