@@ -14,6 +14,7 @@ from ensemblekit.dtypes import DType
 from ensemblekit.errors import DamagedError
 from ensemblekit.mixing import Scratch
 from ensemblekit.snapshots import Snapshot
+from ensemblekit.tables import TensorTable, one_form
 
 _BLOCK_VALUES = 1 << 20  # values of all snapshots together that are in hand at a time
 _READ_BLOCK = 1 << 20
@@ -49,6 +50,10 @@ class TensorBlocks:
         step = min(count * itemsize, spec.nbytes)
         buffer = self.scratch.array("block", (len(self.specs), step), np.uint8)
         sums = [0] * len(self.specs)
+        checked = [
+            self.whole is None and own.extent.crc32 is not None and _fills_storage(own)
+            for own in self.specs
+        ]
         for offset in range(0, spec.nbytes, step):
             length = min(step, spec.nbytes - offset)
             if length < step:
@@ -59,11 +64,11 @@ class TensorBlocks:
                     part[k] = self.whole[k][offset : offset + length]
                     continue
                 own.extent.source.read_into(memoryview(part[k]), own.start + offset)
-                if _fills_storage(own) and own.extent.crc32 is not None:
+                if checked[k]:
                     sums[k] = crc32(part[k], sums[k])
             yield offset, part
         for k, own in enumerate(self.specs):
-            if self.whole is None and _fills_storage(own) and own.extent.crc32 is not None:
+            if checked[k]:
                 _check_crc(own.extent, sums[k], f"{self.snapshots[k].path}: '{self.key}'")
 
     def in_c_order(
@@ -91,6 +96,8 @@ def check_shared_storages(
     """Checksums of storages of which no tensor is the whole are checked ahead."""
     uneven = _differently_strided(snapshots)
     for snapshot in snapshots:
+        if isinstance(snapshot.tensors, TensorTable) and not snapshot.tensors.has_checksums:
+            continue
         specs = snapshot.tensors.items()
         partial = {
             extent: key
@@ -112,6 +119,8 @@ def check_shared_storages(
 def _differently_strided(snapshots: Sequence[Snapshot]) -> set[str]:
     """Keys whose elements do not lie in the same order in all snapshots."""
     first = snapshots[0].tensors
+    if one_form(snapshot.tensors for snapshot in snapshots):
+        return set()
     return {
         key
         for snapshot in snapshots[1:]

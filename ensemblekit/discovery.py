@@ -37,6 +37,7 @@ from ensemblekit.snapshots import (
     check_same_signature,
     skipped,
 )
+from ensemblekit.tables import TensorTable
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def read_snapshot(place: walk.Place, weights: str = "auto") -> Snapshot:
         variant=variant,
         role=_role(chosen.role, path),
         available=tuple(reading.weights),
-        tensors=_usable(chosen.tensors, path),
+        tensors=TensorTable(_usable(chosen.tensors, path)),
         ties=chosen.ties,
         facts=reading.facts,
         extras=chosen.extras,

@@ -14,9 +14,12 @@ import numpy.typing as npt
 
 from ensemblekit.containers import TensorSpec, is_dense, read_array, storage_span
 from ensemblekit.snapshots import Snapshot
+from ensemblekit.tables import one_form
 
 _SAMPLED_TENSORS = 32
 _MEAN_SAMPLES = 1 << 14
+_MEAN_VALUES = 1 << 20  # of all snapshots together
+_MOST_READS = 20_000
 _MEAN_TOLERANCE = 1e-6
 _TOLD_APART = 8.0  # members must differ by more than the mean is off
 _BLOCK = 1 << 20
@@ -79,17 +82,29 @@ def _one_mean(
 ) -> tuple[Snapshot, list[Snapshot]] | None:
     values_SK, rounding_S = _sampled_values(snapshots)
     finite_S = np.isfinite(values_SK).all(axis=1)  # NaN is `state`'s to report
-    values_SK, rounding_S = values_SK[finite_S], rounding_S[finite_S]
-    sizes_SK = np.abs(values_SK)
-    scale = sizes_SK.max(initial=0.0)
+    if not finite_S.all():
+        values_SK, rounding_S = values_SK[finite_S], rounding_S[finite_S]
+    sizes_S = np.maximum(
+        values_SK.max(axis=1, initial=-np.inf), -values_SK.min(axis=1, initial=np.inf)
+    )
+    scale = sizes_S.max(initial=0.0)
     # what the rounding of a mean to its own dtype may change
-    noise_S = _MEAN_TOLERANCE * scale + 2 * rounding_S * sizes_SK.max(axis=1, initial=0.0)
-    centred_SK = values_SK - values_SK.mean(axis=1, keepdims=True)
+    noise_S = _MEAN_TOLERANCE * scale + 2 * rounding_S * sizes_S
     if scale == 0 or len(values_SK) < len(snapshots) + 4:
         return None
     # centred columns always sum to zero; a second (near) zero singular value is a dependency
+    threshold = float(np.linalg.norm(noise_S) * np.sqrt(len(snapshots)))
+    centred_SK = values_SK - values_SK.mean(axis=1, keepdims=True)
+    squares_KK = centred_SK.T @ centred_SK
+    del centred_SK
+    squares = np.linalg.eigvalsh(squares_KK)  # small, and good to 1e-8 of the largest
+    del squares_KK
+    if squares[1] > (threshold + 1e-6 * np.sqrt(squares[-1])) ** 2:
+        return None
+    centred_SK = values_SK - values_SK.mean(axis=1, keepdims=True)
     singular = np.linalg.svd(centred_SK, compute_uv=False)
-    if singular[-2] > np.linalg.norm(noise_S) * np.sqrt(len(snapshots)):
+    del centred_SK
+    if singular[-2] > threshold:
         return None
     for k, snapshot in enumerate(snapshots):
         others = [j for j in range(len(snapshots)) if j != k]
@@ -114,22 +129,25 @@ def _sampled_values(
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """The same elements of each snapshot's float parameters, and their unit roundoff."""
     first = snapshots[0].tensors
+    others = [] if one_form(s.tensors for s in snapshots) else snapshots
     keys = [
         key
         for key, spec in sorted(first.items())
         if spec.type.kind == "float"
         and not key.endswith(("running_mean", "running_var"))  # these may be recomputed
-        and all(
-            is_dense(s.tensors[key]) and s.tensors[key].stride == spec.stride for s in snapshots
-        )
+        and is_dense(spec)
+        and all(is_dense(s.tensors[key]) and s.tensors[key].stride == spec.stride for s in others)
     ]
-    each = max(16, _MEAN_SAMPLES // max(len(keys), 1))
-    columns = [
-        np.concatenate([_leading(s.tensors[key], each) for key in keys] or [np.empty(0)])
-        for s in snapshots
-    ]
+    keys = keys[:: max(1, len(keys) * len(snapshots) // _MOST_READS)]
+    samples = max(2 * len(snapshots), min(_MEAN_SAMPLES, _MEAN_VALUES // len(snapshots)))
+    each = max(16, samples // max(len(keys), 1))
+    count = sum(min(each, first[key].size) for key in keys)
+    values_SK = np.empty((count, len(snapshots)), order="F")
+    for k, snapshot in enumerate(snapshots):
+        parts = [_leading(snapshot.tensors[key], each) for key in keys]
+        values_SK[:, k] = np.concatenate(parts) if parts else 0.0
     units = [np.full(min(each, first[key].size), _unit_roundoff(first[key])) for key in keys]
-    return np.stack(columns, axis=1), np.concatenate(units or [np.empty(0)])
+    return values_SK, np.concatenate(units or [np.empty(0)])
 
 
 def _unit_roundoff(spec: TensorSpec) -> float:

@@ -257,6 +257,8 @@ class _DescriptorPool:
                 os.close(self._open.pop(source))
 
     def _evict(self) -> None:
+        if len(self._open) <= self._limit:
+            return
         for source in list(self._open):
             if len(self._open) <= self._limit:
                 return
@@ -264,7 +266,17 @@ class _DescriptorPool:
                 os.close(self._open.pop(source))
 
 
-_POOL = _DescriptorPool(limit=128)
+def _most_open() -> int:
+    """Half of what the system allows a process, so that others in it have theirs."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 128
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 4096 if soft == resource.RLIM_INFINITY else max(64, min(soft // 2, 4096))
+
+
+_POOL = _DescriptorPool(limit=_most_open())
 
 
 def _fingerprint(status: os.stat_result) -> Fingerprint:

@@ -8,6 +8,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ensemblekit.containers import TensorSpec
 from ensemblekit.errors import IncompatibleError, InputError, listing
 from ensemblekit.files import Source, sha256
 from ensemblekit.layouts import Facts, Role
+from ensemblekit.tables import TensorTable
 
 Signature = Mapping[str, tuple[tuple[int, ...], str]]
 
@@ -61,6 +63,8 @@ class Snapshot:
     @property
     def signature(self) -> Signature:
         """Shape and dtype by key: what two snapshots must share to have an average."""
+        if isinstance(self.tensors, TensorTable):
+            return self.tensors.form.signature
         return {key: (spec.shape, spec.dtype) for key, spec in self.tensors.items()}
 
     @property
@@ -127,9 +131,11 @@ class SnapshotSet:
         """The snapshot whose signature and ties stand for all."""
         return self.snapshots[0]
 
-    @property
+    @cached_property
     def ties(self) -> tuple[tuple[str, ...], ...]:
         """Groups of keys that share one storage in every snapshot."""
+        if not all(s.ties for s in self.snapshots):
+            return ()
         homes = [{key: g for g in s.ties for key in g} for s in self.snapshots]
         groups: dict[Any, list[str]] = defaultdict(list)
         for key in self.first.tensors:
@@ -165,9 +171,12 @@ def check_same_signature(snapshots: Sequence[Snapshot]) -> None:
     """
     if not snapshots:
         return
+    signatures = [snapshot.signature for snapshot in snapshots]
+    if len({id(signature) for signature in signatures}) == 1:
+        return
     groups: dict[frozenset[Any], list[Snapshot]] = defaultdict(list)
-    for snapshot in snapshots:
-        groups[frozenset(snapshot.signature.items())].append(snapshot)
+    for snapshot, signature in zip(snapshots, signatures, strict=True):
+        groups[frozenset(signature.items())].append(snapshot)
     if len(groups) == 1:
         return
     common, *others = sorted(groups.values(), key=len, reverse=True)

@@ -8,6 +8,7 @@ judged by what is allowed: beyond these modules and names a checkpoint has nothi
 import _compat_pickle
 import sys
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 # Standard modules whose objects are plain data wherever they appear.
@@ -146,22 +147,22 @@ def verdict(
         instance_only: The opcode makes an instance without calling `__init__`.
     """
     current_module, current_name = _today(module, name)
-    found = _verdict(current_module, current_name, args, instance_only=instance_only)
+    if current_module in ("builtins", "__builtins__") and not _reaches_in(current_name):
+        found = _builtin(f"{current_module}.{current_name}", current_name, args)
+    else:
+        found = _of_name(current_module, current_name, instance_only=instance_only)
     if found is None:
         return None
     return found.replace(f"{current_module}.{current_name}", f"{module}.{name}")
 
 
-def _verdict(module: str, name: str, args: tuple[Any, ...], *, instance_only: bool) -> str | None:
+@lru_cache(maxsize=1024)  # a checkpoint makes the same few calls for each tensor
+def _of_name(module: str, name: str, *, instance_only: bool) -> str | None:
     full = f"{module}.{name}"
     if (module, name) in _DATA_NAMES or module.startswith("numpy.random."):
         return None
-    if any(part.startswith("__") and part != "__main__" for part in name.split(".")):
+    if _reaches_in(name):
         return full if name != "__newobj__" or module != "copyreg" else None
-    if any(_is_powerful(part) for part in name.split(".")[:-1]):
-        return full  # a module reached through another one's imports, as in torch: os.system
-    if module in ("builtins", "__builtins__"):
-        return _builtin(full, name, args)
     if any(full == f"{m}.{n}" for m, names in _LOADERS.items() for n in names):
         return full
     if any(full.startswith(m + ".") for m in _LOADER_MODULES):
@@ -172,6 +173,16 @@ def _verdict(module: str, name: str, args: tuple[Any, ...], *, instance_only: bo
     if not _is_powerful(top) and top not in _DATA_MODULES:
         return None
     return None if instance_only and _is_error(name) else full
+
+
+def _reaches_in(name: str) -> bool:
+    """Whether a name goes through a class's or a module's insides.
+
+    Such as a module reached through another one's imports, as in torch: os.system.
+    """
+    parts = name.split(".")
+    inner = any(part.startswith("__") and part != "__main__" for part in parts)
+    return inner or any(_is_powerful(part) for part in parts[:-1])
 
 
 def is_attribute_of_a_class(value: Any) -> bool:

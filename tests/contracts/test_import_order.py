@@ -17,6 +17,8 @@ ABOVE = [
     "errors",
     "options",
     "statistics",
+    "libraries",
+    "machine",
     "dtypes",
     "files",
     "checksums",
@@ -55,6 +57,7 @@ ABOVE = [
     "layouts.ultralytics",
     "layouts.transformers",
     "layouts.peft",
+    "tables",
     "snapshots",
     "walk",
     "duplicates",
@@ -165,6 +168,8 @@ BELOW = [
     "commands.verify",
     "commands.bench",
     "commands.demo",
+    "commands.probing",
+    "commands.doctor",
     "cli",
     "cli.show",
     "cli.options",
@@ -177,6 +182,7 @@ BELOW = [
     "cli.export",
     "cli.verify",
     "cli.demo",
+    "cli.doctor",
     "cli.main",
     "__main__",
 ]
@@ -194,6 +200,8 @@ NO_TORCH_AT_MODULE_LEVEL = [
     "commands.average",
     "commands.audit",
     "commands.provenance",
+    "commands.probing",
+    "commands.doctor",
 ]
 
 
