@@ -35,47 +35,44 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
+        target = None if self.target is None else self.target.to(device)
+        return replace(self.map(lambda tensor: tensor.to(device)), target=target)
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        """The batch with each tensor among its inputs changed."""
+
+        def changed(value: Any) -> Any:
+            return change(value) if isinstance(value, torch.Tensor) else value
+
         if isinstance(self.inputs, dict):
-            inputs: Any = {key: _move(value, device) for key, value in self.inputs.items()}
-        else:
-            inputs = tuple(_move(value, device) for value in self.inputs)
-        return Batch(inputs, _move(self.target, device), self.size)
+            return replace(self, inputs={k: changed(v) for k, v in self.inputs.items()})
+        return replace(self, inputs=tuple(changed(value) for value in self.inputs))
 
     def only(self, mask_N: torch.Tensor) -> "Batch":
         """The samples where the mask is true."""
         if bool(mask_N.all()):
             return self
-        if isinstance(self.inputs, dict):
-            inputs: Any = {k: _choose(v, self.size, mask_N) for k, v in self.inputs.items()}
-        else:
-            inputs = tuple(_choose(value, self.size, mask_N) for value in self.inputs)
-        return Batch(inputs, _choose(self.target, self.size, mask_N), int(mask_N.sum()))
+        return self._taken(lambda x: x[mask_N.to(x.device)], int(mask_N.sum()))
 
     def head(self, count: int) -> "Batch":
         """The first `count` samples."""
-        if count >= self.size:
-            return self
-        if isinstance(self.inputs, dict):
-            inputs: Any = {key: _cut(value, self.size, count) for key, value in self.inputs.items()}
-        else:
-            inputs = tuple(_cut(value, self.size, count) for value in self.inputs)
-        return Batch(inputs, _cut(self.target, self.size, count), count)
+        return self if count >= self.size else self._taken(lambda x: x[:count], count)
 
     def sized(self, count: int) -> "Batch":
         """So many samples: the first ones, or all of them again and again."""
         if count <= self.size:
             return self.head(count)
         index_N = torch.arange(count) % self.size
+        return self._taken(lambda x: x[index_N.to(x.device)], count)
 
-        def take(value: Any) -> Any:
-            per_sample = isinstance(value, torch.Tensor) and value.ndim and len(value) == self.size
-            return value[index_N] if per_sample else value
+    def _taken(self, take: Callable[[torch.Tensor], torch.Tensor], count: int) -> "Batch":
+        """Some samples of everything that has one entry a sample."""
 
-        if isinstance(self.inputs, dict):
-            inputs: Any = {key: take(value) for key, value in self.inputs.items()}
-        else:
-            inputs = tuple(take(value) for value in self.inputs)
-        return Batch(inputs, take(self.target), count)
+        def taken(value: torch.Tensor) -> torch.Tensor:
+            return take(value) if value.ndim and len(value) == self.size else value
+
+        target = None if self.target is None else taken(self.target)
+        return replace(self.map(taken), target=target, size=count)
 
 
 @dataclass(frozen=True)
@@ -384,17 +381,3 @@ def _labels(value: Any) -> Any:
         except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"labels are not numbers: {error}") from error
     return _tensor(value)
-
-
-def _cut(value: Any, size: int, count: int) -> Any:
-    per_sample = isinstance(value, torch.Tensor) and value.ndim and len(value) == size
-    return value[:count] if per_sample else value
-
-
-def _choose(value: Any, size: int, mask_N: torch.Tensor) -> Any:
-    per_sample = isinstance(value, torch.Tensor) and value.ndim and len(value) == size
-    return value[mask_N.to(value.device)] if per_sample else value
-
-
-def _move(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, torch.Tensor) else value

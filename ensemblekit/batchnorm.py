@@ -7,8 +7,8 @@ section 3.2).
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,11 +18,10 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ensemblekit.batches import Batch, forward
 from ensemblekit.distributed import World
-from ensemblekit.errors import InputError, NotFiniteError
+from ensemblekit.errors import InputError
+from ensemblekit.pooling import Pool, statistics_of
 
 Progress = Callable[[int], None]
-
-_CHUNK = 1 << 18  # values that are widened at a time: they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -44,31 +43,6 @@ class Recomputed:
     warnings: tuple[str, ...] = ()
 
 
-@dataclass
-class _Pool:
-    """Count, mean and sum of squared deviations of all values so far, by channel, in float64."""
-
-    count: float
-    mean_C: torch.Tensor
-    deviations_C: torch.Tensor
-
-    def add(self, other: "_Pool") -> None:
-        """Merge another pool into this one (Chan, Golub and LeVeque 1979)."""
-        total = self.count + other.count
-        shift_C = other.mean_C - self.mean_C
-        self.mean_C = self.mean_C + shift_C * (other.count / total)
-        self.deviations_C = (
-            self.deviations_C + other.deviations_C + shift_C**2 * (self.count * other.count / total)
-        )
-        self.count = total
-
-    def to(self, device: str) -> "_Pool":
-        """The same pool elsewhere."""
-        return replace(
-            self, mean_C=self.mean_C.to(device), deviations_C=self.deviations_C.to(device)
-        )
-
-
 def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Layers that keep running statistics and update them in train mode, by name.
 
@@ -88,6 +62,8 @@ def recompute_bn(
     frozen: Iterable[str] = (),
     device: torch.device | str = "cpu",
     autocast: torch.dtype | None = None,
+    layerwise: bool = False,
+    channels_last: bool = False,
     progress: Progress | None = None,
 ) -> Recomputed:
     """Replace running statistics by the population statistics of the data.
@@ -104,6 +80,11 @@ def recompute_bn(
         frozen: Names of layers to keep, and to leave in eval mode.
         device: Where the batches go.
         autocast: Element type of the forward pass, None for the weights' own.
+        layerwise: One layer after the other, each on inputs that the finished statistics of the
+            earlier ones normalise: exact whatever the batch size, for about half a pass over the
+            data a layer. The batches are gone through again and again.
+        channels_last: Convolutions see that memory format, which is faster where the hardware
+            prefers it.
         progress: Called with the number of samples done.
 
     Returns:
@@ -113,31 +94,43 @@ def recompute_bn(
         InputError: No layers, no data, batches of a single value, or labels instead of inputs.
         NotFiniteError: NaN or Inf in a layer's input.
     """
+    again = batches if isinstance(batches, Sequence) or not layerwise else list(batches)
     (found,) = recompute_all(
-        [model], batches, frozen=frozen, device=device, autocast=autocast, progress=progress
+        [model],
+        lambda: again,
+        frozen=frozen,
+        device=device,
+        autocast=autocast,
+        layerwise=layerwise,
+        channels_last=channels_last,
+        progress=progress,
     )
     return found
 
 
 def recompute_all(
     models: Sequence[nn.Module],
-    batches: Iterable[Batch],
+    batches: Callable[[], Iterable[Batch]],
     *,
     frozen: Iterable[str] = (),
     device: torch.device | str = "cpu",
     autocast: torch.dtype | None = None,
+    layerwise: bool = False,
+    channels_last: bool = False,
     progress: Progress | None = None,
     world: World | None = None,
 ) -> list[Recomputed]:
-    """`recompute_bn` of several models of one network in one pass over the data.
+    """`recompute_bn` of several models of one network in the same passes over the data.
 
     Args:
         models: Each is changed in place.
-        batches: This process's share of them.
+        batches: Gives this process's share of them, from the start each time it is called.
         frozen: As for `recompute_bn`, in all models.
         device: As for `recompute_bn`.
         autocast: As for `recompute_bn`.
-        progress: As for `recompute_bn`.
+        layerwise: As for `recompute_bn`.
+        channels_last: As for `recompute_bn`.
+        progress: As for `recompute_bn`; with `layerwise`, samples of all passes.
         world: The processes that share the batches; each batch is seen whole by one of them.
 
     Raises:
@@ -154,31 +147,22 @@ def recompute_all(
     ]
     if not layers[0]:
         raise InputError("the model has no normalisation layer with statistics to recompute")
-    pools: list[dict[str, _Pool]] = [{} for _ in models]
-    samples = 0
-    order = _LabelOrder()
     device = torch.device(device)
-    precision = torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
+    run = _Passes(models, batches, device, world, channels_last=channels_last, progress=progress)
     with ExitStack() as stack:
-        for model, own, pool in zip(models, layers, pools, strict=True):
+        for model, own in zip(models, layers, strict=True):
             stack.enter_context(_only_in_train_mode(model, own))
-            stack.enter_context(_watched(own, pool))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(precision)
-        for batch in batches:
-            order.see(batch)
-            moved = batch.to(device)
-            for model in models:
-                forward(model, moved)
-            samples += batch.size
-            if progress is not None:
-                progress(samples)
-    samples = sum(world.gather(samples))
-    if samples == 0:
-        raise InputError("the data are empty: no batch came out of them")
-    notes = order.warnings(world)
+        stack.enter_context(torch.autocast(device.type, autocast, autocast is not None))
+        if channels_last:
+            stack.enter_context(_in_channels_last(models))
+        if layerwise:
+            pools = _one_by_one(run, models, layers)
+        else:
+            pools = run.over_all(layers)
+    samples, notes = run.samples, run.order.warnings(world)
     found = []
-    for model, own, pool in zip(models, layers, _merged(pools, world), strict=True):
+    for model, own, pool in zip(models, layers, pools, strict=True):
         statistics = _write(model, own, pool)
         unseen = [name for name in own if name not in pool]
         told = list(notes)
@@ -190,11 +174,132 @@ def recompute_all(
     return found
 
 
-def _merged(pools: list[dict[str, _Pool]], world: World) -> list[dict[str, _Pool]]:
+class _Passes:
+    """Passes of some models over the data: what each layer sees is pooled, over all processes."""
+
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        batches: Callable[[], Iterable[Batch]],
+        device: torch.device,
+        world: World,
+        *,
+        channels_last: bool,
+        progress: Progress | None,
+    ) -> None:
+        self.models = models
+        self.batches = batches
+        self.device = device
+        self.world = world
+        self.channels_last = channels_last
+        self.progress = progress
+        self.samples = 0
+        self.order = _LabelOrder()
+        self._done = 0
+
+    def over_all(
+        self, layers: Sequence[dict[str, nn.Module]], *, stop: bool = False
+    ) -> list[dict[str, Pool]]:
+        """One pass; the pools of the layers by name, for each model.
+
+        Args:
+            layers: Of each model.
+            stop: Nothing behind the layers needs to run.
+
+        Raises:
+            InputError: There are no data.
+        """
+        pools: list[dict[str, Pool]] = [{} for _ in self.models]
+        order, samples = _LabelOrder(), 0
+        with ExitStack() as stack:
+            for own, pool in zip(layers, pools, strict=True):
+                stack.enter_context(_watched(own, pool, stop=stop))
+            for batch in self.batches():
+                order.see(batch)
+                moved = batch.to(self.device)
+                if self.channels_last:
+                    moved = moved.map(_to_channels_last)
+                for model in self.models:
+                    with suppress(_Enough):
+                        forward(model, moved)
+                samples += batch.size
+                self._done += batch.size
+                if self.progress is not None:
+                    self.progress(self._done)
+        self.order, self.samples = order, sum(self.world.gather(samples))
+        if self.samples == 0:
+            raise InputError("the data are empty: no batch came out of them")
+        return _merged(pools, self.world)
+
+    def uses(self, layers: dict[str, nn.Module]) -> dict[str, int]:
+        """How often the first batch reaches each layer of the first model, in the order of reaching.
+
+        Raises:
+            InputError: There are no data.
+        """
+        found: dict[str, int] = {}
+        batch = next(iter(self.batches()), None)
+        if batch is None:
+            raise InputError("the data are empty: no batch came out of them")
+
+        def note(name: str) -> Callable[..., None]:
+            return lambda *_: found.update({name: found.get(name, 0) + 1})
+
+        handles = [layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
+        try:
+            forward(self.models[0], batch.to(self.device))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+
+def _one_by_one(
+    run: _Passes, models: Sequence[nn.Module], layers: Sequence[dict[str, nn.Module]]
+) -> list[dict[str, Pool]]:
+    """Each layer's pool on inputs that the layers before it, finished, have normalised."""
+    for own in layers:
+        for layer in own.values():
+            layer.training = False
+    pools: list[dict[str, Pool]] = [{} for _ in models]
+    for name, uses in run.uses(layers[0]).items():
+        alone = [{name: own[name]} for own in layers]
+        seen = run.over_all(alone, stop=uses == 1)
+        for model, own, pool, new in zip(models, layers, pools, seen, strict=True):
+            _write(model, own, new)
+            pool.update(new)
+    return pools
+
+
+class _Enough(BaseException):
+    """The layer that was looked at has its input; user code must not catch this."""
+
+
+def _to_channels_last(value: torch.Tensor) -> torch.Tensor:
+    if value.ndim != 4:
+        return value
+    return value.contiguous(memory_format=torch.channels_last)
+
+
+@contextmanager
+def _in_channels_last(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Weights of convolutions in that memory format, and back as they were."""
+    weights = [p for model in models for p in model.parameters() if p.ndim == 4]
+    before = [weight.data for weight in weights]
+    for weight in weights:
+        weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    try:
+        yield
+    finally:
+        for weight, value in zip(weights, before, strict=True):
+            weight.data = value
+
+
+def _merged(pools: list[dict[str, Pool]], world: World) -> list[dict[str, Pool]]:
     """The pools of all processes in one, in the order of ranks."""
     if world.size == 1:
         return pools
-    total: list[dict[str, _Pool]] = [{} for _ in pools]
+    total: list[dict[str, Pool]] = [{} for _ in pools]
     sent = [{name: pool.to("cpu") for name, pool in one.items()} for one in pools]
     for part in world.gather(sent):
         for mine, theirs in zip(total, part, strict=True):
@@ -229,7 +334,7 @@ def _only_in_train_mode(model: nn.Module, layers: dict[str, nn.Module]) -> Itera
 
 
 @contextmanager
-def _watched(layers: dict[str, nn.Module], pools: dict[str, _Pool]) -> Iterator[None]:
+def _watched(layers: dict[str, nn.Module], pools: dict[str, Pool], *, stop: bool) -> Iterator[None]:
     handles = []
     try:
         for name, layer in layers.items():
@@ -237,11 +342,13 @@ def _watched(layers: dict[str, nn.Module], pools: dict[str, _Pool]) -> Iterator[
             def see(
                 module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name
             ) -> None:
-                seen = _statistics(name, module, args[0] if args else kwargs["input"])
+                seen = statistics_of(name, module, args[0] if args else kwargs["input"])
                 if name in pools:
                     pools[name].add(seen)
                 else:
                     pools[name] = seen
+                if stop:
+                    raise _Enough
 
             handles.append(layer.register_forward_pre_hook(see, with_kwargs=True))
         yield
@@ -250,66 +357,8 @@ def _watched(layers: dict[str, nn.Module], pools: dict[str, _Pool]) -> Iterator[
             handle.remove()
 
 
-def _statistics(name: str, layer: nn.Module, x: torch.Tensor) -> _Pool:
-    """Mean and squared deviations of one batch at one layer."""
-    x = x.detach()
-    exact = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
-    if isinstance(layer, _InstanceNorm):
-        return _instance_statistics(name, layer, x.to(exact))
-    dims = [d for d in range(x.ndim) if d != 1]
-    count = x.numel() // max(x.shape[1], 1)
-    if count < 2:
-        raise InputError(
-            f"layer '{name}' sees a single value a channel: a batch of one sample has no variance",
-            hint="use a larger batch size, or data whose last batch is larger",
-        )
-    per_sample = max(x.numel() // max(len(x), 1), 1)
-    parts = torch.split(x, max(1, _CHUNK // per_sample))
-    pool, *others = (_moments(part.to(exact, copy=True), dims) for part in parts)
-    for other in others:
-        pool.add(other)
-    _check_finite(name, pool.mean_C, pool.deviations_C)
-    return pool
-
-
-def _moments(wide: torch.Tensor, dims: list[int]) -> _Pool:
-    """Of values that may be overwritten."""
-    mean_C = wide.mean(dims)
-    wide -= mean_C.view(1, -1, *[1] * (wide.ndim - 2))
-    count = wide.numel() // len(mean_C)
-    return _Pool(float(count), mean_C, wide.square_().sum(dims))
-
-
-def _instance_statistics(name: str, layer: _InstanceNorm, wide: torch.Tensor) -> _Pool:
-    """Instance norm keeps the mean over samples of each sample's mean and (unbiased) variance."""
-    if wide.ndim == layer._get_no_batch_dim():  # type: ignore[no-untyped-call]
-        wide = wide.unsqueeze(0)
-    variance_NC, mean_NC = torch.var_mean(wide, list(range(2, wide.ndim)), correction=1)
-    mean_C, variance_C = mean_NC.mean(0), variance_NC.mean(0)
-    _check_finite(name, mean_C, variance_C)
-    return _InstancePool(float(len(wide)), mean_C, variance_C * len(wide))
-
-
-class _InstancePool(_Pool):
-    """Sample-weighted mean of variances: deviations between samples do not count."""
-
-    def add(self, other: _Pool) -> None:
-        total = self.count + other.count
-        self.mean_C = self.mean_C + (other.mean_C - self.mean_C) * (other.count / total)
-        self.deviations_C = self.deviations_C + other.deviations_C
-        self.count = total
-
-
-def _check_finite(name: str, mean_C: torch.Tensor, variance_C: torch.Tensor) -> None:
-    if not bool(torch.isfinite(mean_C).all() and torch.isfinite(variance_C).all()):
-        raise NotFiniteError(
-            f"layer '{name}' receives NaN or Inf",
-            hint="check the data for NaN, and the preprocessing against the training's",
-        )
-
-
 def _write(
-    model: nn.Module, layers: dict[str, nn.Module], pools: dict[str, _Pool]
+    model: nn.Module, layers: dict[str, nn.Module], pools: dict[str, Pool]
 ) -> dict[str, torch.Tensor]:
     """Put the statistics into the layers; a layer under several names has them under each."""
     statistics: dict[str, torch.Tensor] = {}

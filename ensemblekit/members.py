@@ -164,7 +164,7 @@ class Builder:
             part = (self.world.rank, self.world.size)
             plan = Plan(options.batch_size, options.seed, limit, options.workers, part=part)
             data = self.training.ready()
-            total = count(data, plan)
+            total = None if options.bn_layerwise else count(data, plan)
 
             def report(done: int) -> None:
                 if self.progress is not None:
@@ -174,10 +174,12 @@ class Builder:
             with self.precision() as autocast, seeded(options.seed):
                 outcomes = recompute_all(
                     [built[m] for m in new],
-                    batches(data, plan),
+                    lambda: batches(data, plan),
                     frozen={self._layer(name) for name in self.frozen},
                     device=self.device,
                     autocast=autocast,
+                    layerwise=options.bn_layerwise,
+                    channels_last=options.channels_last,
                     progress=report,
                     world=self.world,
                 )
@@ -294,7 +296,8 @@ class Builder:
             self._training = (self.training, self._training_digest())
         digest = self._training[1]
         plan = (options.batch_size, options.seed, options.bn_samples, options.limit)
-        return [digest, *plan, self.frozen]
+        how = (options.bn_layerwise, options.channels_last)
+        return [digest, *plan, *how, self.frozen]
 
     def _training_digest(self) -> str:
         """What recomputed statistics come from: the code, and all batches.

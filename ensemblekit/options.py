@@ -26,6 +26,8 @@ class ModelOptions:
         val_data: What choices are made on.
         test_data: What is only reported.
         bn_samples: At most so many training samples.
+        bn_layerwise: BatchNorm statistics one layer after the other: exact, and slow.
+        channels_last: Recompute them with convolutions in that memory format.
         limit: At most so many samples of every data set.
         batch_size: Samples in a batch; below 128 the statistics of deeper layers suffer.
         device: `auto`, `cpu`, `cuda`, `cuda:N`, `mps`.
@@ -43,6 +45,8 @@ class ModelOptions:
     val_data: Any = None
     test_data: Any = None
     bn_samples: int = 50_000
+    bn_layerwise: bool = False
+    channels_last: bool = False
     limit: int | None = None
     batch_size: int = 128
     device: str = "auto"

@@ -402,7 +402,7 @@ class TestSeveral:
         models = self.models(3)
         alone = copy.deepcopy(models)
         x = normal(23, 2, 8, 8)
-        found = recompute_all(models, split(x, 10, 10, 3), frozen=frozen)
+        found = recompute_all(models, lambda: split(x, 10, 10, 3), frozen=frozen)
         for model, twin, outcome in zip(models, alone, found, strict=True):
             wanted = recompute_bn(twin, split(x, 10, 10, 3), frozen=frozen)
             assert outcome.layers == wanted.layers
@@ -424,7 +424,7 @@ class TestSeveral:
                 read.append(batch.size)
                 yield batch
 
-        recompute_all(self.models(3), told())
+        recompute_all(self.models(3), told)
         assert read == [10, 10]
 
     def test_an_error_in_one_leaves_all_as_they_were(self) -> None:
@@ -432,7 +432,7 @@ class TestSeveral:
         nn.init.constant_(models[1][0].weight, float("nan"))
         before = [copy.deepcopy(model.state_dict()) for model in models]
         with pytest.raises(NotFiniteError):
-            recompute_all(models, split(normal(20, 2, 8, 8), 10, 10))
+            recompute_all(models, lambda: split(normal(20, 2, 8, 8), 10, 10))
         for model, state in zip(models, before, strict=True):
             for key in ("1.running_mean", "1.running_var", "1.num_batches_tracked"):
                 assert torch.equal(model.state_dict()[key], state[key])

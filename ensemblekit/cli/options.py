@@ -5,19 +5,46 @@ Input: nothing; commands apply these as decorators.
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from ensemblekit.errors import UsageError
 
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+class _Completed(click.types.StringParamType):
+    """A text that a shell completes as the name of a file or folder; it need not exist."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> "list[CompletionItem]":
+        from click.shell_completion import CompletionItem
+
+        return [CompletionItem(incomplete, type=self._kind)]
+
+
+FILES = _Completed("file")
+FOLDERS = _Completed("dir")
+_BY_METAVAR = {"FILE": FILES, "PATH": FILES, "TARGET": FILES, "DIR": FOLDERS}
+
+
 def option(*names: str, **attributes: Any) -> Callable[[F], F]:
-    """A click option that can also be set by `ENSEMBLEKIT_<NAME>`."""
+    """A click option that can also be set by `ENSEMBLEKIT_<NAME>`.
+
+    Where its metavar says that it names a file, a shell completes it as one.
+    """
     long = next(name for name in names if name.startswith("--")).split("/")[0]
     variable = "ENSEMBLEKIT_" + long.removeprefix("--").replace("-", "_").upper()
+    if attributes.get("metavar") in _BY_METAVAR:
+        attributes.setdefault("type", _BY_METAVAR[attributes["metavar"]])
     return click.option(*names, envvar=variable, **attributes)
 
 
@@ -31,7 +58,7 @@ def stack(*decorators: Callable[[F], F]) -> Callable[[F], F]:
 
 
 CHECKPOINTS: Callable[[Any], Any] = click.argument(
-    "checkpoints", nargs=-1, required=True, metavar="CHECKPOINTS..."
+    "checkpoints", nargs=-1, required=True, metavar="CHECKPOINTS...", type=FILES
 )
 
 SELECTION: Callable[[Any], Any] = stack(
@@ -151,13 +178,26 @@ TASK: Callable[[Any], Any] = stack(
     ),
 )
 
-BN_SAMPLES: Callable[[Any], Any] = option(
-    "--bn-samples",
-    type=int,
-    default=50_000,
-    show_default=True,
-    metavar="N",
-    help="At most N training samples for BatchNorm.",
+BN_SAMPLES: Callable[[Any], Any] = stack(
+    option(
+        "--bn-samples",
+        type=int,
+        default=50_000,
+        show_default=True,
+        metavar="N",
+        help="At most N training samples for BatchNorm.",
+    ),
+    option(
+        "--bn-layerwise",
+        is_flag=True,
+        help="BatchNorm statistics one layer after the other: exact, about half a pass over the "
+        "data for each.",
+    ),
+    option(
+        "--channels-last",
+        is_flag=True,
+        help="Recompute BatchNorm statistics with convolutions in that memory format.",
+    ),
 )
 
 WRITING: Callable[[Any], Any] = stack(

@@ -84,15 +84,7 @@ def in_precision(batch: Batch, precision: str) -> Batch:
     if dtype is None:
         return batch
 
-    def cast(value: Any) -> Any:
-        floating = isinstance(value, torch.Tensor) and value.is_floating_point()
-        return value.to(dtype) if floating else value
-
-    if isinstance(batch.inputs, dict):
-        inputs: Any = {key: cast(value) for key, value in batch.inputs.items()}
-    else:
-        inputs = tuple(cast(value) for value in batch.inputs)
-    return Batch(inputs, batch.target, batch.size)
+    return batch.map(lambda x: x.to(dtype) if x.is_floating_point() else x)
 
 
 def device_clock(device: torch.device) -> Clock:

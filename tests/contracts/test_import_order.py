@@ -92,6 +92,7 @@ BELOW = [
     "distributed",
     "targets",
     "batches",
+    "pooling",
     "batchnorm",
     "build",
     "tasks",

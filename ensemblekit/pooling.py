@@ -1,0 +1,103 @@
+"""Owns what is known of a layer's inputs so far: counts, means and squared deviations, in float64.
+
+Input: activations. Pools of batches, of devices and of processes add up to the pool of all samples.
+
+Legend of shapes: C channels.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from ensemblekit.errors import InputError, NotFiniteError
+
+_CHUNK = 1 << 18  # values that are widened at a time: they stay in the cache
+
+
+@dataclass
+class Pool:
+    """Count, mean and sum of squared deviations of all values so far, by channel, in float64."""
+
+    count: float
+    mean_C: torch.Tensor
+    deviations_C: torch.Tensor
+
+    def add(self, other: "Pool") -> None:
+        """Merge another pool into this one (Chan, Golub and LeVeque 1979)."""
+        total = self.count + other.count
+        shift_C = other.mean_C - self.mean_C
+        self.mean_C = self.mean_C + shift_C * (other.count / total)
+        self.deviations_C = (
+            self.deviations_C + other.deviations_C + shift_C**2 * (self.count * other.count / total)
+        )
+        self.count = total
+
+    def to(self, device: str) -> "Pool":
+        """The same pool elsewhere."""
+        return replace(
+            self, mean_C=self.mean_C.to(device), deviations_C=self.deviations_C.to(device)
+        )
+
+
+def statistics_of(name: str, layer: nn.Module, x: torch.Tensor) -> Pool:
+    """Mean and squared deviations of one batch at one layer."""
+    x = x.detach()
+    exact = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
+    if isinstance(layer, _InstanceNorm):
+        return _instance_statistics(name, layer, x.to(exact))
+    dims = [d for d in range(x.ndim) if d != 1]
+    count = x.numel() // max(x.shape[1], 1)
+    if count < 2:
+        raise InputError(
+            f"layer '{name}' sees a single value a channel: a batch of one sample has no variance",
+            hint="use a larger batch size, or data whose last batch is larger",
+        )
+    per_sample = max(x.numel() // max(len(x), 1), 1)
+    parts = torch.split(x, max(1, _CHUNK // per_sample))
+    near_C = x[:1].to(exact).mean(dims)
+    pool, *others = (_moments(part, dims, near_C) for part in parts)
+    for other in others:
+        pool.add(other)
+    _check_finite(name, pool.mean_C, pool.deviations_C)
+    return pool
+
+
+def _moments(x: torch.Tensor, dims: list[int], near_C: torch.Tensor) -> Pool:
+    """Sums of differences from a value that is near the mean: nothing cancels, one look suffices."""
+    off = x.to(near_C.dtype) - near_C.view(1, -1, *[1] * (x.ndim - 2))
+    count = x.numel() // len(near_C)
+    shift_C = off.sum(dims) / count
+    squares_C = torch.linalg.vector_norm(off, dim=dims).square()
+    deviations_C = (squares_C - count * shift_C**2).clamp(min=0)
+    return Pool(float(count), near_C + shift_C, deviations_C)
+
+
+def _instance_statistics(name: str, layer: _InstanceNorm, wide: torch.Tensor) -> Pool:
+    """Instance norm keeps the mean over samples of each sample's mean and (unbiased) variance."""
+    if wide.ndim == layer._get_no_batch_dim():  # type: ignore[no-untyped-call]
+        wide = wide.unsqueeze(0)
+    variance_NC, mean_NC = torch.var_mean(wide, list(range(2, wide.ndim)), correction=1)
+    mean_C, variance_C = mean_NC.mean(0), variance_NC.mean(0)
+    _check_finite(name, mean_C, variance_C)
+    return InstancePool(float(len(wide)), mean_C, variance_C * len(wide))
+
+
+class InstancePool(Pool):
+    """Sample-weighted mean of variances: deviations between samples do not count."""
+
+    def add(self, other: Pool) -> None:
+        """Merge another pool into this one."""
+        total = self.count + other.count
+        self.mean_C = self.mean_C + (other.mean_C - self.mean_C) * (other.count / total)
+        self.deviations_C = self.deviations_C + other.deviations_C
+        self.count = total
+
+
+def _check_finite(name: str, mean_C: torch.Tensor, variance_C: torch.Tensor) -> None:
+    if not bool(torch.isfinite(mean_C).all() and torch.isfinite(variance_C).all()):
+        raise NotFiniteError(
+            f"layer '{name}' receives NaN or Inf",
+            hint="check the data for NaN, and the preprocessing against the training's",
+        )
