@@ -5,6 +5,7 @@
 #   make test     the tests             (more: WORKERS=8 PYTEST_ARGS="-k average")
 #   make lint     ruff and mypy
 #   make check    lint and test
+#   make docs     write docs/cli.md from the code
 #   make format   apply what ruff can repair by itself
 #   make clean    remove what these targets made
 #
@@ -18,7 +19,7 @@ PYTEST_ARGS ?=
 WORKERS ?= 2
 
 .DEFAULT_GOAL := check
-.PHONY: demo test lint check format clean
+.PHONY: demo test lint check docs format clean
 
 # The venv is made anew, so that a dependency which left the list leaves the environment too.
 $(READY): pyproject.toml constraints.txt
@@ -47,6 +48,9 @@ lint: $(READY)
 check:
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory test
+
+docs: $(READY)
+	$(BIN)/python docs/make_cli.py
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -5,13 +5,13 @@ Input: this machine.
 
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from ensemblekit import __version__
+from ensemblekit.machine import processor
 
 
 def block() -> dict[str, Any]:
@@ -22,14 +22,14 @@ def block() -> dict[str, Any]:
         "torch": torch.__version__,
         "numpy": np.__version__,
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
     }
 
 
 def device_name(device: torch.device) -> str:
     """The name of the hardware behind a torch device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
 
 
 def gpu_state(device: torch.device) -> dict[str, Any] | None:
@@ -63,12 +63,3 @@ def gpu_state(device: torch.device) -> dict[str, Any] | None:
             pynvml.nvmlShutdown()
     except pynvml.NVMLError:
         return None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

@@ -80,7 +80,11 @@ _BUDGET = ("max_latency_ms", "latency_batch", "max_members", "max_bytes", "margi
     "cent of other figures.",
 )
 @options.option("--require-gain", is_flag=True, help="Exit 5 when no gain is sure.")
-@options.option("--cache-dir", metavar="DIR", help="Where predictions are kept between runs.")
+@options.option(
+    "--cache-dir",
+    metavar="DIR",
+    help="Where predictions are kept between runs [default: ~/.cache/ensemblekit].",
+)
 @options.option(
     "--cache-size",
     type=float,

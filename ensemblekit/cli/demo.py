@@ -5,11 +5,11 @@ from pathlib import Path
 
 import click
 
-from ensemblekit.cli import show
+from ensemblekit.cli import options, show
 
 
 @click.command("demo")
-@click.argument("folder", default="demo", metavar="[DIR]")
+@click.argument("folder", default="demo", metavar="[DIR]", type=options.FOLDERS)
 @click.option(
     "--seed", type=int, default=0, show_default=True, metavar="N", help="Of the training."
 )

@@ -19,7 +19,7 @@ _DISTANCES = ("checkpoint", "to previous", "cosine to previous", "to mean")
 @options.CHECKPOINTS
 @options.SELECTION
 @options.option("--deep", is_flag=True, help="Read everything: digests, checksums, NaN.")
-@click.option(
+@options.option(
     "--distances", is_flag=True, help="Distances and cosines between snapshots and to their mean."
 )
 @options.JSON

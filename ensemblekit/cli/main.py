@@ -14,13 +14,16 @@ import traceback
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from ensemblekit import __version__
-from ensemblekit.cli import settings, show
+from ensemblekit.cli import options, settings, show
 from ensemblekit.errors import EnsembleKitError, MachineError, UsageError, one_of
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 # name -> (module, what the list of commands says)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -43,6 +46,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "verify": ("ensemblekit.cli.verify", "Check that an ONNX file is the model of checkpoints."),
     "demo": ("ensemblekit.cli.demo", "Train a small network and try everything on its snapshots."),
+    "doctor": (
+        "ensemblekit.cli.doctor",
+        "Show this environment, to paste into an issue, with fixes.",
+    ),
 }
 
 _ISSUES = "https://github.com/ensemblekit/ensemblekit/issues"
@@ -72,6 +79,8 @@ class _Commands(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
+            if ctx.resilient_parsing:  # a shell asks for completions: it wants no error
+                return None
             one_of(cmd_name, COMMANDS, what="command")
         command: click.Command = import_module(COMMANDS[cmd_name][0]).command
         return command
@@ -80,14 +89,46 @@ class _Commands(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> "list[CompletionItem]":
+        from click.shell_completion import CompletionItem
+
+        names = [name for name in COMMANDS if name.startswith(incomplete)]  # none is loaded
+        options = click.Command.shell_complete(self, ctx, incomplete)
+        return [*(CompletionItem(name, help=COMMANDS[name][1]) for name in names), *options]
+
+
+def _print_version(ctx: click.Context, _: click.Parameter, value: Any) -> None:
+    """Our version on a line of its own, then what else bug reports need; nothing is imported."""
+    if not value or ctx.resilient_parsing:
+        return
+    click.echo(f"ensemblekit {__version__}")
+    click.echo(f"Python {sys.version.split()[0]}")
+    from ensemblekit.libraries import LIBRARIES, versions  # `--help` is quicker without
+
+    for name, version in versions(one.name for one in LIBRARIES).items():
+        click.echo(f"{name} {version}")
+    ctx.exit()
+
 
 @click.group(
     cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Start with: ensemblekit inspect ckpts/",
 )
-@click.version_option(__version__, message="ensemblekit %(version)s")
-@click.option("--config", metavar="FILE", help="Settings file [default: ensemblekit.toml here].")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Show the version, and those of the libraries, and exit.",
+)
+@click.option(
+    "--config",
+    metavar="FILE",
+    type=options.FILES,
+    help="Settings file [default: ensemblekit.toml here].",
+)
 @click.option("-v", "--verbose", is_flag=True, help="Say more.")
 @click.option("-q", "--quiet", is_flag=True, help="Print results and errors only.")
 @click.pass_context

@@ -13,7 +13,7 @@ from ensemblekit.cli.export import SUBJECT, print_verification, subject_options
 
 
 @click.command("verify")
-@click.argument("file", metavar="MODEL.onnx")
+@click.argument("file", metavar="MODEL.onnx", type=options.FILES)
 @options.CHECKPOINTS
 @SUBJECT
 @options.option(

@@ -3,11 +3,11 @@
 Input: work. Each batch size is compiled by itself, in the warm-up.
 """
 
-import shutil
 from typing import Any
 
 import torch
 
+from ensemblekit.machine import compiler
 from ensemblekit.runtimes import Session, Work
 from ensemblekit.runtimes.torch_eager import device_clock, executions, runner
 
@@ -16,7 +16,7 @@ _RECOMPILE_LIMIT = 1024
 
 def unavailable(device: torch.device) -> str | None:
     """It needs a compiler: C++ on the CPU, Triton on a GPU."""
-    if device.type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+    if device.type == "cpu" and compiler() is None:
         return "torch.compile on the CPU needs a C++ compiler (g++), and there is none"
     return None
 
