@@ -132,7 +132,7 @@ def _arrange(
     snapshots, more = _without_copies(found)
     skipped.extend(more)
     snapshots, ordered_by = in_order(snapshots)
-    if error := _several_runs(snapshots):
+    if error := _several_runs([s for s in snapshots if not s.is_average]):
         errors.append(error)
     warnings += [
         f"{s.name}: not averaged, because not tensors: {listing(s.extras)}"

@@ -126,9 +126,13 @@ def narrow(values: npt.NDArray[np.float64], dtype: np.dtype[Any]) -> npt.NDArray
     """
     if dtype.isbuiltin == 1:  # numpy's own types round once
         return values.astype(dtype)
-    nearest = values.astype(np.float32)
+    nearest = np.asarray(values).astype(np.float32)
     if dtype == DTYPES["bfloat16"].numpy:
-        return _to_bfloat16(values, nearest)
+        upper = np.empty(values.shape, np.uint16)
+        lost = np.isnan(nearest)
+        to_bfloat16(values, nearest, upper)
+        upper[lost] = 0x7FC0
+        return upper.view(dtype)
     back = nearest.astype(np.float64)
     inexact = back != values
     if not inexact.any():
@@ -139,25 +143,30 @@ def narrow(values: npt.NDArray[np.float64], dtype: np.dtype[Any]) -> npt.NDArray
     return nearest.astype(dtype)
 
 
-def _to_bfloat16(
-    values: npt.NDArray[np.float64], nearest: npt.NDArray[np.float32]
-) -> npt.NDArray[Any]:
-    """The upper halves of the floats, rounded.
+def to_bfloat16(
+    values: npt.NDArray[np.float64],
+    nearest: npt.NDArray[np.float32],
+    upper: npt.NDArray[np.uint16],
+) -> npt.NDArray[np.uint16]:
+    """The bits of the nearest bfloat16 of numbers: the upper halves of floats, rounded.
 
     Where a lower half says "just between two" the doubles decide: a float may have been rounded to
     there.
+
+    Args:
+        values: To round; no NaN.
+        nearest: The same as float32; overwritten.
+        upper: Receives the bits.
     """
     bits = nearest.view(np.uint32)
-    middle = np.flatnonzero((bits & 0xFFFF) == 0x8000)
+    middle = np.flatnonzero(bits << 16 == 1 << 31)
     if middle.size:
-        exact, rounded = np.abs(values[middle]), np.abs(nearest[middle]).astype(np.float64)
-        bits[middle[exact > rounded]] += 1
-        bits[middle[exact < rounded]] -= 1
-    odd = (bits >> 16) & 1
-    lost = np.isnan(nearest)
+        exact, rounded = np.abs(values.flat[middle]), np.abs(nearest.flat[middle])
+        bits.flat[middle] += (exact > rounded).astype(np.uint32)
+        bits.flat[middle] -= (exact < rounded).astype(np.uint32)
+    odd = bits >> 16
+    odd &= 1
+    odd += 0x7FFF
     bits += odd
-    bits += 0x7FFF
-    upper = (bits >> 16).astype(np.uint16)
-    if lost.any():
-        upper[lost] = 0x7FC0
-    return upper.view(DTYPES["bfloat16"].numpy)
+    np.right_shift(bits, 16, out=upper, casting="unsafe")
+    return upper

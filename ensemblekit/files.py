@@ -11,7 +11,7 @@ import os
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -318,11 +318,13 @@ def _kind(mode: int) -> str:
     return "something else"
 
 
-def sha256(source: Source) -> str:
-    """Hex SHA-256 of the file's bytes."""
+def sha256(source: Source, stopped: Callable[[], bool] = lambda: False) -> str:
+    """Hex SHA-256 of the file's bytes; of nothing in particular when `stopped` says so midway."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(min(_BLOCK, max(source.size, 1))))
     for offset in range(0, source.size, _BLOCK):
+        if stopped():
+            break
         part = buffer[: min(_BLOCK, source.size - offset)]
         source.read_into(part, offset)
         digest.update(part)

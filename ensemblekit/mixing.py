@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ensemblekit.candidates import Row
-from ensemblekit.dtypes import DType, narrow
+from ensemblekit.dtypes import DType, narrow, to_bfloat16
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -74,21 +74,23 @@ class Scratch(threading.local):
         return found
 
 
-def is_quick(real: np.dtype[Any], rows: Sequence[Row]) -> bool:
+def is_quick(real: np.dtype[Any], rows: Sequence[Row], target: DType | None = None) -> bool:
     """Whether `quick` may be used: what is equal in all snapshots then comes out as it went in.
 
     A mean with positive coefficients of equal values is off by a few units in float64's last place,
-    and rounds back; negative coefficients cancel, and nothing is left to round float64 to.
+    and rounds back to its own type; to another one only a plain mean does, which is exact. Negative
+    coefficients cancel, and nothing is left to round float64 to.
     """
-    positive = all(min(row.coefficients) >= 0 for row in rows)
-    return positive and real in (_SINGLE, _HALF, _BFLOAT16)
+    numbers = [c for row in rows for c in row.coefficients]
+    sound = min(numbers) >= 0 and (target is None or {*numbers} <= {0.0, 1.0})
+    return sound and real in (_SINGLE, _HALF, _BFLOAT16)
 
 
 def quick(
     block_KB: Bytes,
     real: np.dtype[Any],
     rows: Sequence[Row],
-    moments: Moments,
+    moments: Moments | None,
     scratch: Scratch,
     target: DType | None,
 ) -> list[Bytes]:
@@ -98,7 +100,7 @@ def quick(
         block_KB: K rows of bytes.
         real: Type of the values.
         rows: M rows.
-        moments: Added to.
+        moments: Added to; None where other blocks of the tensor tell enough.
         scratch: Holds the results until the next call.
         target: Type of the results when it is another.
 
@@ -106,13 +108,16 @@ def quick(
         NotRegular: Nothing was done; `careful` tells what is wrong, if anything is.
     """
     wide_KN = _single(block_KB, real, scratch)
+    if moments is None and not all(all(row.coefficients) for row in rows):
+        moments = Moments.none(len(wide_KN))  # a sum does not see what it leaves out
     seen_KN: npt.NDArray[Any] = wide_KN
-    if wide_KN.size <= _SMALL:
-        seen_KN = wide_KN.astype(np.float64)
-    with np.errstate(over="ignore", invalid="ignore"):
-        squares_K = np.einsum("kn,kn->k", seen_KN, seen_KN)
-    if not np.isfinite(squares_K).all():
-        raise NotRegular
+    if moments is not None:
+        if wide_KN.size <= _SMALL:
+            seen_KN = wide_KN.astype(np.float64)
+        with np.errstate(over="ignore", invalid="ignore"):
+            squares_K = np.einsum("kn,kn->k", seen_KN, seen_KN)
+        if not np.isfinite(squares_K).all():
+            raise NotRegular
     results = []
     for m, row in enumerate(rows):
         only = row.only
@@ -121,10 +126,12 @@ def quick(
             result = block_KB[only] if target is None else _narrowed(mean_N, target.real)
         else:
             mean_N = _mean(wide_KN, row, scratch)
+            if m == 0 and moments is None and not np.isfinite(mean_N).all():
+                raise NotRegular
             kind = real if target is None else target.real
             result = _rounded(mean_N, kind, scratch, f"result {m}")
         results.append(result)
-        if m == 0:
+        if m == 0 and moments is not None:
             if mean_N.dtype != seen_KN.dtype:
                 mean_N = _cast(mean_N, seen_KN.dtype, scratch)
             moments.squares_K += squares_K
@@ -174,6 +181,10 @@ def _cast(values_N: npt.NDArray[Any], dtype: Any, scratch: Scratch) -> npt.NDArr
 def _rounded(
     mean_N: npt.NDArray[np.float64], kind: np.dtype[Any], scratch: Scratch, name: str
 ) -> Bytes:
+    if kind == _BFLOAT16:
+        near_N = _cast(mean_N, np.float32, scratch)
+        result_N = scratch.array(name, mean_N.shape, np.uint16)
+        return to_bfloat16(mean_N, near_N, result_N).view(np.uint8)
     if kind.isbuiltin != 1:
         return _narrowed(mean_N, kind)
     result_N = scratch.array(name, mean_N.shape, kind)
@@ -246,7 +257,7 @@ def _mix_within_range(
 def _mix(
     values_KN: npt.NDArray[np.float64], row: Row, *, compensated: bool
 ) -> npt.NDArray[np.float64]:
-    total_N = np.zeros(values_KN.shape[1])
+    total_N = np.full(values_KN.shape[1], -0.0)  # which, unlike 0.0, leaves a -0.0 what it is
     lost_N = np.zeros_like(total_N)
     for values_N, coefficient in zip(values_KN, row.coefficients, strict=True):
         if coefficient == 0:

@@ -26,6 +26,7 @@ from ensemblekit.snapshots import Signature, SnapshotSet
 Sink = Callable[[str, int, npt.NDArray[np.uint8]], None]
 """`sink(key, offset, data)`: takes bytes of a finished tensor, C order, from a byte offset on."""
 
+_TELLING = 4  # of so many blocks of a tensor one is looked at for norms and angles
 _OUTLIER = 10.0
 _OUTLIER_SIZE = 64  # the norm of a few biases says little
 
@@ -205,9 +206,10 @@ def _average_tensor(
     collect = reader.permutation is not None
     parts: list[list[npt.NDArray[np.uint8]]] = [[] for _ in rows]
     moments = Moments.none(len(specs))
-    for offset, block_KB in reader:
+    for number, (offset, block_KB) in enumerate(reader):
         if spec.type.kind in ("float", "complex"):
-            results = _mix_floats(snapshots, key, block_KB, rows, moments, work)
+            telling = number % _TELLING == 0
+            results = _mix_floats(snapshots, key, block_KB, rows, moments, work, telling=telling)
         else:
             results = _pick_integers(snapshots, key, block_KB, rows)
         for m, result in enumerate(results):
@@ -229,15 +231,18 @@ def _mix_floats(
     rows: Sequence[Row],
     moments: Moments,
     work: "_Work",
+    *,
+    telling: bool,
 ) -> list[npt.NDArray[np.uint8]]:
     real = snapshots.first.tensors[key].type.real
     target = work.target(snapshots.first.tensors[key].type)
-    if is_quick(real, rows) and not key.endswith("running_var"):
+    if is_quick(real, rows, target) and not key.endswith("running_var"):
         with contextlib.suppress(NotRegular):
-            results = quick(block_KB, real, rows, moments, work.scratch, target)
+            seen = moments if telling else None
+            results = quick(block_KB, real, rows, seen, work.scratch, target)
             if target is not None:
                 for result in results:
-                    _check_result(key, result.view(target.real))
+                    check_result(key, result.view(target.real))
             return results
     with np.errstate(invalid="ignore"):  # NaN is reported below, with its key
         values_KN = block_KB.view(real).astype(np.float64)
@@ -246,7 +251,7 @@ def _mix_floats(
     results = careful(block_KB, values_KN, real, rows, moments, target)
     for row, result in zip(rows, results, strict=True):
         if key not in work.replaced and (row.only is None or target is not None):
-            _check_result(
+            check_result(
                 key,
                 result.view(real if target is None else target.real),
                 constant=bool(np.isinf(values_KN).any()),
@@ -292,8 +297,13 @@ def _check_values(
         )
 
 
-def _check_result(key: str, values: npt.NDArray[Any], *, constant: bool = False) -> None:
-    """Nothing may overflow; Inf that all snapshots have (a mask) stays."""
+def check_result(key: str, values: npt.NDArray[Any], *, constant: bool = False) -> None:
+    """Nothing may overflow; Inf that all snapshots have (a mask) stays.
+
+    Raises:
+        NotFiniteError: Something did.
+        InputError: A variance became negative.
+    """
     with np.errstate(invalid="ignore"):  # float8 has NaN that numpy warns of
         wide = values.astype(np.float64)
     if not constant and not np.isfinite(wide).all():
@@ -313,8 +323,9 @@ def similarity(snapshots: SnapshotSet, row: Row, moments: Mapping[str, Moments])
     count = len(snapshots)
     squares_K, products_K, square = np.zeros(count), np.zeros(count), 0.0
     outliers: list[tuple[str, str, float]] = []
+    seconds = {k for group in snapshots.ties for k in [k for k in group if k in moments][1:]}
     for key in sorted(moments):  # a fixed order, whatever the threads did
-        if key.endswith(("running_mean", "running_var")):
+        if key.endswith(("running_mean", "running_var")) or key in seconds:
             continue
         own = moments[key]
         if np.isfinite(own.squares_K).all():

@@ -198,3 +198,39 @@ def test_plain_casts_round_twice() -> None:
     """The reason why `narrow` exists; when this fails it may go."""
     value = np.array([1 + 2.0**-8 + 2.0**-40])
     assert float(value.astype(ml_dtypes.bfloat16)[0]) == 1.0
+
+
+def test_every_tie_of_bfloat16_and_its_neighbours() -> None:
+    """The middle of any two bfloat16, and the doubles just beside it, of both signs."""
+    form = DTYPES["bfloat16"].numpy
+    codes = np.arange(0x7F80, dtype=np.uint16)  # all finite values from 0 on
+    low = codes.view(form).astype(np.float64)
+    step = np.append(np.diff(low), low[-1] - low[-2])
+    middle = low + step / 2
+    up = np.append(codes[1:], np.uint16(0x7F80))  # beyond the largest there is infinity
+    even = np.where(codes % 2 == 0, codes, up)
+    for values, expected in (
+        (middle, even),
+        (np.nextafter(middle, 0), codes),
+        (np.nextafter(middle, np.inf), up),
+        (middle - step * 2.0**-20, codes),
+        (middle + step * 2.0**-20, up),
+        (low, codes),
+        (np.nextafter(low, np.inf), codes),
+        (np.nextafter(low[1:], 0), codes[1:]),
+    ):
+        for sign, bit in ((1.0, 0), (-1.0, 0x8000)):
+            found = narrow(sign * values, form).view(np.uint16)
+            assert (found == (expected | bit)).all()
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3), (4, 1, 2)])
+@pytest.mark.parametrize("value", [1 + 2.0**-8, 1 + 2.0**-8 + 2.0**-40, np.nan])
+@pytest.mark.parametrize("name", NARROW)
+def test_shapes_stay_where_a_value_lies_between_two(
+    name: str, value: float, shape: tuple[int, ...]
+) -> None:
+    found = narrow(np.full(shape, value), DTYPES[name].numpy)
+    flat = narrow(np.full(8, value), DTYPES[name].numpy)
+    assert np.shape(found) == shape
+    assert np.ravel(found).tobytes() == flat[: np.size(found)].tobytes()

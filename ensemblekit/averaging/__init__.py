@@ -41,6 +41,8 @@ RULES: dict[str, str] = {
     "greedy-soup": "ensemblekit.averaging.greedy_soup:greedy_soup",
 }
 
+ORDERLESS = ("uniform", "greedy-soup")  # which snapshot came first is nothing to them
+
 
 @dataclass(frozen=True)
 class Option:

@@ -162,11 +162,12 @@ def _print(result: "AverageResult", *, dry_run: bool, quiet: bool, verbose: bool
     statistics = {
         "none": "",
         "averaged": f", {norm['layers']} BatchNorm layers with averaged statistics",
-        "recomputed": f", {norm['layers']} BatchNorm layers recomputed on "
-        f"{norm['samples']:,} samples",
+        "recomputed": f", {norm['layers']} BatchNorm layers recomputed"
+        + (f" on {norm['samples']:,} samples" if norm["samples"] else ""),
     }[norm["policy"]]
+    used = sum(snapshot["coefficient"] != 0 for snapshot in result.snapshots)
     click.echo(
-        f"{verb} {len(result.snapshots)} snapshots ({result.method}, {result.parameters:,} "
+        f"{verb} {used} snapshots ({result.method}, {result.parameters:,} "
         f"parameters{statistics}) -> {shlex.quote(str(result.output))}"
     )
 

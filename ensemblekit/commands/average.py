@@ -23,11 +23,20 @@ from ensemblekit.discovery import discover
 from ensemblekit.distributed import rank
 from ensemblekit.dtypes import DTYPES, narrow
 from ensemblekit.errors import CheckFailedError, UsageError, listing, one_of
+from ensemblekit.files import Source, sha256
 from ensemblekit.mixing import Moments
 from ensemblekit.options import ModelOptions, Progress
 from ensemblekit.selection import Selection
 from ensemblekit.snapshots import SnapshotSet, position
-from ensemblekit.state import Similarity, Sink, array_sink, converted, similarity, sums
+from ensemblekit.state import (
+    Similarity,
+    Sink,
+    array_sink,
+    check_result,
+    converted,
+    similarity,
+    sums,
+)
 from ensemblekit.writers import folder, lightning
 from ensemblekit.writers.saving import save
 
@@ -127,7 +136,8 @@ def average(
         )
     options = options.with_model_from([s.facts.model_hint for s in snapshots.snapshots])
     row = _row(snapshots, method, rule_options or {}, bn, options, progress)
-    if snapshots.ordered_by == "content" and len({*row.coefficients}) > 1:
+    unordered = snapshots.ordered_by == "content" and method not in averaging.ORDERLESS
+    if unordered and len({*row.coefficients}) > 1:
         raise UsageError(
             "coefficients need an order, and neither the files nor their names tell one",
             hint="number the files, oldest first",
@@ -135,31 +145,31 @@ def average(
     warnings = list(snapshots.warnings)
     plan = plan_bn(snapshots, row, bn, options, warnings)
     result = _described(snapshots, row, method, plan)
-    request: dict[str, Any] = {}
-    if path is not None:
-        if not force or not dry_run:
-            request = provenance.request(snapshots, row, method, bn, options, dtype)
-        if not force and (done := provenance.up_to_date(path, result, request)):
-            if strict and done.warnings:
-                raise CheckFailedError(f"--strict: {done.warnings[0]}")
-            return done
-        _check(target, snapshots)
-    if dry_run:
-        shown = None if path is None else str(path)
-        return replace(result, output=shown, warnings=tuple(warnings))
-    measured = Measured("averaged" if plan.stale else "none")
-    if options.model is not None:
-        from ensemblekit.commands.measure import measure
+    with provenance.Digests(snapshots) as digests:
+        terms = provenance.terms(snapshots, row, method, bn, options, dtype)
+        terms["companions"] = _companion_digests(target, snapshots)
+        if path is not None:
+            if not force and (done := provenance.up_to_date(path, result, terms, digests)):
+                if strict and done.warnings:
+                    raise CheckFailedError(f"--strict: {done.warnings[0]}")
+                return done
+            _check(target, snapshots)
+        if dry_run:
+            shown = None if path is None else str(path)
+            return replace(result, output=shown, warnings=tuple(warnings))
+        measured = Measured("averaged" if plan.stale else "none")
+        if options.model is not None:
+            from ensemblekit.commands.measure import measure
 
-        measured = measure(snapshots, row, plan, bn, options, progress)
-        warnings += measured.warnings
-    if rank() != 0:  # of a torchrun: process 0 writes
-        return replace(result, warnings=tuple(warnings))
-    result = replace(
-        result, batch_norm=_bn_json(plan, measured), evaluation=tuple(measured.evaluation)
-    )
-    weights = _Weights(snapshots, row, measured, warnings, dtype=dtype, strict=strict)
-    return _written(result, weights, target, request, command)
+            measured = measure(snapshots, row, plan, bn, options, progress)
+            warnings += measured.warnings
+        if rank() != 0:  # of a torchrun: process 0 writes
+            return replace(result, warnings=tuple(warnings))
+        result = replace(
+            result, batch_norm=_bn_json(plan, measured), evaluation=tuple(measured.evaluation)
+        )
+        weights = _Weights(snapshots, row, measured, warnings, dtype=dtype, strict=strict)
+        return _written(result, weights, target, terms, digests, command)
 
 
 def _row(
@@ -208,21 +218,21 @@ def _measured_before(
     result = _described(taken.snapshots, row, name, plan)
     measured = Measured(policy, dict(statistics), taken.samples)
     result = replace(result, batch_norm=_bn_json(plan, measured))
-    request: dict[str, Any] = {}
     path = target.path
-    if path is not None:
-        request = provenance.request(
-            taken.snapshots, row, name, policy, ModelOptions(), target.dtype
-        )
-        request["comparison"] = provenance.file_digest(comparison)
-        if not target.force and (done := provenance.up_to_date(path, result, request)):
-            return done
-        _check(target, taken.snapshots)
-    if target.dry_run or rank() != 0:
-        shown = None if path is None else str(path)
-        return replace(result, output=shown, warnings=tuple(warnings))
-    weights = _Weights(taken.snapshots, row, measured, warnings, dtype=target.dtype, strict=strict)
-    return _written(result, weights, target, request, command)
+    terms = provenance.terms(taken.snapshots, row, name, policy, ModelOptions(), target.dtype)
+    terms["comparison"] = provenance.file_digest(comparison)
+    terms["companions"] = _companion_digests(target, taken.snapshots)
+    with provenance.Digests(taken.snapshots) as digests:
+        if path is not None:
+            if not target.force and (done := provenance.up_to_date(path, result, terms, digests)):
+                return done
+            _check(target, taken.snapshots)
+        if target.dry_run or rank() != 0:
+            shown = None if path is None else str(path)
+            return replace(result, output=shown, warnings=tuple(warnings))
+        dtype = target.dtype
+        weights = _Weights(taken.snapshots, row, measured, warnings, dtype=dtype, strict=strict)
+        return _written(result, weights, target, terms, digests, command)
 
 
 def _check(target: Output, snapshots: SnapshotSet) -> None:
@@ -250,18 +260,30 @@ def _content(
         if left:
             warnings.append(f"{path}: not carried along, because not plain values: {listing(left)}")
         return replace(content, document=document)
-    if writers.is_folder(path):
-        source = newest.path if newest.path.is_dir() else newest.path.parent
-        if (source / "config.json").is_file():
-            return replace(content, copies=folder.companions(source, target.dtype))
-    return content
+    return replace(content, copies=_companions(target, snapshots))
+
+
+def _companions(target: Output, snapshots: SnapshotSet) -> dict[Path, dict[str, Any]]:
+    """What a folder carries along from beside the newest snapshot."""
+    if target.path is None or not writers.is_folder(target.path):
+        return {}
+    newest = snapshots.snapshots[-1].path
+    source = newest if newest.is_dir() else newest.parent
+    if not (source / "config.json").is_file():
+        return {}
+    return folder.companions(source, target.dtype)
+
+
+def _companion_digests(target: Output, snapshots: SnapshotSet) -> dict[str, str]:
+    return {path.name: sha256(Source(path)) for path in _companions(target, snapshots)}
 
 
 def _written(
     result: AverageResult,
     weights: "_Weights",
     target: Output,
-    request: dict[str, Any],
+    terms: dict[str, Any],
+    digests: provenance.Digests,
     command: Sequence[str],
 ) -> AverageResult:
     """The weights in their place, or in memory when there is no path."""
@@ -283,6 +305,7 @@ def _written(
             warnings=tuple(weights.warnings),
             cosines=weights.similarity.cosines,
         )
+        request = {"inputs": digests.value(), **terms}
         return provenance.manifest(done, snapshots, weights.row, weights.policy, command, request)
 
     content = _content(target, snapshots, provenance.metadata(snapshots, result), weights.warnings)
@@ -296,7 +319,9 @@ def _written(
             inputs=inputs,
             force=target.force,
             shard_bytes=target.shard_bytes,
-            request=provenance.digest({**request, "shard_bytes": target.shard_bytes}),
+            request=provenance.digest(
+                [terms, digests.fingerprints(), target.shard_bytes, path.name]
+            ),
         )
     else:
         save(path, content, weights, manifest, inputs=inputs, force=target.force)
@@ -383,7 +408,9 @@ class _Weights:
             if keys is None or key in keys:
                 own = self.snapshots.first.tensors[key].dtype
                 kind = DTYPES[self.dtype or own].numpy
-                rounded = narrow(np.ascontiguousarray(values, np.float64), kind)
+                with np.errstate(over="ignore"):
+                    rounded = narrow(np.ascontiguousarray(values, np.float64), kind)
+                check_result(key, rounded)
                 sink(key, 0, rounded.reshape(-1).view(np.uint8))
 
     def done(self) -> None:

@@ -7,8 +7,9 @@ import hashlib
 import json
 import os
 import secrets
+import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,54 @@ def manifest(
     }
 
 
+class Digests:
+    """SHA-256 of all inputs, made beside other work: leaving the context stops what is left.
+
+    Args:
+        snapshots: Whose files.
+    """
+
+    def __init__(self, snapshots: SnapshotSet) -> None:
+        self.sources = [source for s in snapshots.snapshots for source in s.sources]
+        self._stop = threading.Event()
+        self._pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
+        self._futures: list[Future[str]] = []
+
+    def __enter__(self) -> "Digests":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._pool.shutdown(cancel_futures=True)
+
+    def start(self) -> None:
+        """Begin, if that has not happened yet."""
+        if not self._futures:
+            submit = self._pool.submit
+            self._futures = [submit(sha256, s, self._stop.is_set) for s in self.sources]
+
+    def value(self) -> list[dict[str, str]]:
+        """The file and digest of each input; waits for the last one."""
+        self.start()
+        return [
+            {"file": str(source.path), "sha256": future.result()}
+            for source, future in zip(self.sources, self._futures, strict=True)
+        ]
+
+    def fingerprints(self) -> list[list[Any]]:
+        """What tells without reading that the inputs are the same as before, most likely."""
+        return [[str(s.path), *s.fingerprint] for s in self.sources]
+
+
 def request(
+    snapshots: SnapshotSet, row: Row, method: str, bn: str, options: ModelOptions
+) -> dict[str, Any]:
+    """What determines the output: the same request over the same inputs gives the same file."""
+    with Digests(snapshots) as digests:
+        return {"inputs": digests.value(), **terms(snapshots, row, method, bn, options)}
+
+
+def terms(
     snapshots: SnapshotSet,
     row: Row,
     method: str,
@@ -67,15 +115,8 @@ def request(
     options: ModelOptions,
     dtype: str | None = None,
 ) -> dict[str, Any]:
-    """What determines the output: the same request over the same inputs gives the same file."""
-    sources = [source for s in snapshots.snapshots for source in s.sources]
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        digests = list(pool.map(sha256, sources))
+    """A request without its inputs."""
     return {
-        "inputs": [
-            {"file": str(source.path), "sha256": digest}
-            for source, digest in zip(sources, digests, strict=True)
-        ],
         "weights": [s.variant for s in snapshots.snapshots],
         "method": method,
         "coefficients": [*row.coefficients, row.divisor],
@@ -96,10 +137,16 @@ def file_digest(path: Path) -> str:
     return sha256(Source(path / "comparison.json" if path.is_dir() else path))
 
 
-def up_to_date(path: Path, result: AverageResult, request: dict[str, Any]) -> AverageResult | None:
+def up_to_date(
+    path: Path, result: AverageResult, terms: dict[str, Any], digests: Digests
+) -> AverageResult | None:
     """The result of the earlier identical command, if its output is still there and whole."""
     earlier = writers.read_manifest(path)
-    if earlier is None or not path.exists() or earlier.get("request") != request:
+    if earlier is None or not path.exists() or not isinstance(earlier.get("request"), dict):
+        return None
+    before = dict(earlier["request"])
+    inputs = before.pop("inputs", None)
+    if before != terms or inputs != digests.value():
         return None
     if path.is_dir() != writers.is_folder(path) or earlier.get("sha256") != writers.digest(path):
         return None

@@ -34,6 +34,10 @@ class Record(NamedTuple):
     crc32: int
 
 
+OUR_RECORD = "ensemblekit.json"  # beside the weights in an average of ours; torch passes it over
+_MOST_FACTS = 1 << 24
+
+
 def sniff(source: Readable) -> bool:
     """Whether the file begins with a zip record."""
     return source.size >= 4 and source.read(0, 4) == b"PK\x03\x04"
@@ -83,7 +87,12 @@ def read(source: Readable) -> Tree:
         return Extent(source, record.start, record.nbytes, crc32)
 
     root = pickle_vm.load(stream, where=str(source.path), storage=storage)
-    return Tree("torch-zip", root, {}, (source.file,))
+    ours = records.get(f"{prefix}{OUR_RECORD}")
+    metadata = {}
+    if ours is not None and ours.nbytes <= _MOST_FACTS:
+        text = _contents(source, ours, has_crcs=has_crcs).decode("utf-8", "replace")
+        metadata = {"ensemblekit": text}
+    return Tree("torch-zip", root, metadata, (source.file,))
 
 
 def directory(source: Readable) -> list[Record]:

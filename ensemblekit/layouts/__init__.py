@@ -6,7 +6,7 @@ the registry counts.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -41,6 +41,8 @@ _SIDE_KEYS = (
     *("param_groups", "base_lrs", "last_epoch", "growth_factor", "exp_avg"),
     "optimizer_state_dict",  # DeepSpeed's ranks
 )
+
+OUR_METADATA = "ensemblekit"  # in a file's metadata: it is an average already
 
 Role = Literal["model", "ema", "swa", "other"]
 
@@ -103,7 +105,10 @@ def interpret(tree: Tree, path: Path) -> Reading:
     for name, module_name in LAYOUTS.items():
         layout = import_module(module_name)
         if layout.match(tree, path):
-            return Reading(name, layout.weights(tree, path), layout.facts(tree, path))
+            found: dict[str, Weights] = layout.weights(tree, path)
+            if OUR_METADATA in tree.metadata:
+                found = {k: replace(w, role="swa", is_average=True) for k, w in found.items()}
+            return Reading(name, found, layout.facts(tree, path))
     if _is_side_state(tree.root):
         raise NoWeightsError(f"{path}: holds the state of a tool, no model weights")
     raise UnsupportedError(

@@ -10,8 +10,6 @@ from ensemblekit.layouts import Facts, Role, Weights
 from ensemblekit.layouts.tensors import facts_in, has_weights, make_weights, tensors_in
 from ensemblekit.layouts.torch_dict import holders
 
-OUR_METADATA = "ensemblekit"
-
 
 def match(tree: Tree, path: Path) -> bool:
     """Whether the outermost dict holds floating-point tensors, and no state dicts beside them."""
@@ -21,9 +19,8 @@ def match(tree: Tree, path: Path) -> bool:
 
 
 def weights(tree: Tree, path: Path) -> dict[str, Weights]:
-    """The one set of weights; an output of ours is known by its metadata to be an average."""
-    counted = "n_averaged" in tree.root  # torch's AveragedModel
-    is_average = OUR_METADATA in tree.metadata or counted
+    """The one set of weights."""
+    is_average = "n_averaged" in tree.root  # torch's AveragedModel
     role: Role = "swa" if is_average else "model"
     leaves = tensors_in(tree.root) or {}
     return {"model": make_weights(leaves, role, is_average=is_average)}

@@ -19,7 +19,7 @@ _MAX_JSON = 64 << 20
 def match(tree: Tree, path: Path) -> bool:
     """Whether weights lie beside a `config.json` of a model or a trainer's state."""
     folder = _folder(path)
-    if not state_dict.match(tree, path) or state_dict.OUR_METADATA in tree.metadata:
+    if not state_dict.match(tree, path):
         return False
     if (folder / "trainer_state.json").is_file():
         return True

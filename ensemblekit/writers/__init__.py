@@ -37,7 +37,8 @@ class Content:
 
     Attributes:
         signature: Shape and dtype by key.
-        ties: Groups of keys that share one storage.
+        ties: Groups of keys that share one storage; in the network's order afterwards, so that
+            the first of each is the one that the others are tied to.
         metadata: Texts that travel inside, where the format has room for them.
         document: Plain values beside the weights, of formats that are a tool's checkpoint.
         copies: Files that travel with a folder, and what of their JSON is changed.
@@ -48,6 +49,13 @@ class Content:
     metadata: Mapping[str, str] = field(default_factory=dict)
     document: Mapping[str, Any] = field(default_factory=dict)
     copies: Mapping[Path, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        place = {key: n for n, key in enumerate(self.signature)}
+        ties = [
+            sorted((k for k in group if k in place), key=place.__getitem__) for group in self.ties
+        ]
+        object.__setattr__(self, "ties", [group for group in ties if len(group) > 1])
 
     @property
     def followers(self) -> frozenset[str]:
@@ -125,9 +133,12 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
 
 def digest(path: Path) -> str:
     """SHA-256 of an output as it is now."""
-    if path.is_dir():
-        return folder_digest({file.name: sha256(Source(file)) for file in path.iterdir()})
-    return sha256(Source(path))
+    if not path.is_dir():
+        return sha256(Source(path))
+    files = list(path.iterdir())
+    if not all(file.is_file() for file in files):  # not ours any more
+        return ""
+    return folder_digest({file.name: sha256(Source(file)) for file in files})
 
 
 def folder_digest(files: Mapping[str, str]) -> str:

@@ -43,8 +43,13 @@ def companions(folder: Path, dtype: str | None) -> dict[Path, dict[str, Any]]:
     """
     found: dict[Path, dict[str, Any]] = {}
     for path in sorted(folder.iterdir()):
-        named = any(fnmatch.fnmatchcase(path.name, pattern) for pattern in _COPIED)
-        if named and stat.S_ISREG(path.stat().st_mode):
+        if not any(fnmatch.fnmatchcase(path.name, pattern) for pattern in _COPIED):
+            continue
+        try:
+            regular = stat.S_ISREG(path.stat().st_mode)
+        except OSError as error:
+            raise from_os_error(error, path, doing="read") from error
+        if regular:
             new = {"dtype": dtype, "torch_dtype": dtype} if dtype else {}
             found[path] = new if path.name == "config.json" else {}
     return found
@@ -115,12 +120,12 @@ def save_folder(
         filler.done()
         files = done | _finish(partial, content, plan)
         digest = folder_digest(files)
-        (partial / _PROGRESS).unlink()
+        (partial / _PROGRESS).unlink(missing_ok=True)
         sync_folder(partial)
         publish(
             path,
             partial,
-            {**manifest(digest), "files": files},
+            {**manifest(digest), "files": files, "replaces": _names(path)},
             lambda: replace_folder(partial, path),
             lambda: check_replaceable(path, inputs=inputs, force=force),
             inputs=inputs,
@@ -135,17 +140,30 @@ def check_replaceable(path: Path, *, inputs: list[Path], force: bool) -> None:
     Raises:
         UsageError: As `check_output`, or the folder holds files that its manifest does not name.
     """
+    if path.is_symlink():
+        raise UsageError(f"output {path} is a link", hint="name the folder itself with -o")
     empty = path.is_dir() and not any(path.iterdir())
     check_output(path, inputs=inputs, force=force or empty, folder=True)
     if empty or not path.exists():
         return
-    known = (read_manifest(path) or {}).get("files", {})
+    known = _names(path)
     others = sorted(file.name for file in path.iterdir() if file.name not in known)
     if others:
         raise UsageError(
             f"output {path} holds files that are not ours, such as {others[0]}",
             hint="choose another name with -o",
         )
+
+
+def _names(path: Path) -> list[str]:
+    """Files that the folder's manifest names.
+
+    If a run was stopped between putting the manifest and the folder in place, those that were to be
+    replaced are in the folder still.
+    """
+    manifest = read_manifest(path) or {}
+    lists = (manifest.get("files"), manifest.get("replaces"))
+    return [name for names in lists if isinstance(names, dict | list) for name in names]
 
 
 @contextlib.contextmanager
@@ -203,7 +221,8 @@ def _drop_others(path: Path, own: Path) -> None:
 def _progress(partial: Path, filler: Filler) -> dict[str, str]:
     """Files that an earlier run of the same command completed, if they are still whole."""
     found: dict[str, str] = {}
-    with contextlib.suppress(EnsembleKitError, OSError, ValueError, KeyError):
+    damaged = (TypeError, AttributeError, RecursionError, ValueError, KeyError)
+    with contextlib.suppress(EnsembleKitError, OSError, *damaged):
         known = json.loads((partial / _PROGRESS).read_bytes())
         found = {
             name: digest
@@ -212,10 +231,12 @@ def _progress(partial: Path, filler: Filler) -> dict[str, str]:
         }
         if len(found) == len(known["files"]):
             filler.notes.update(known["notes"])
-            return found
+        else:
+            found = {}
     for file in partial.iterdir():
-        file.unlink()
-    return {}
+        if file.name not in {*found, *([_PROGRESS] if found else [])}:
+            file.unlink()
+    return found
 
 
 def _finish(partial: Path, content: Content, plan: Mapping[str, list[str]]) -> dict[str, str]:
@@ -235,10 +256,11 @@ def _finish(partial: Path, content: Content, plan: Mapping[str, list[str]]) -> d
         except OSError as error:
             raise from_os_error(error, source, doing="read") from error
         if changes:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):  # odd, but not ours to judge
                 value = json.loads(data)
-                value.update({k: v for k, v in changes.items() if k in value})
-                data = json.dumps(value, indent=2).encode() + b"\n"
+                if isinstance(value, dict):
+                    value.update({k: v for k, v in changes.items() if k in value})
+                    data = json.dumps(value, indent=2).encode() + b"\n"
         found[source.name] = _write_bytes(partial / source.name, data)
     return found
 

@@ -50,22 +50,29 @@ def document(snapshot: Snapshot) -> tuple[dict[str, Any], list[str]]:
     for name in _KEPT if isinstance(root, dict) else ():
         if name not in root:
             continue
-        value, lost = _plain(root[name], name)
-        found[name] = value
-        left += lost
+        value = root[name]
+        if isinstance(value, Inert) and value.cls.endswith("AttributeDict"):
+            value = {**value.attributes(), **dict(value.mapping)}  # Lightning's own dict
+        kept = _plain_part(value, name, left)
+        if kept is not _NOTHING:
+            found[name] = kept
     return found, left
 
 
-def _plain(value: Any, name: str) -> tuple[Any, list[str]]:
-    """The plain part of a value: Lightning's own dict of attributes is one, underneath."""
-    if isinstance(value, Inert) and value.cls.endswith("AttributeDict"):
-        value = {**value.attributes(), **dict(value.mapping)}
-    if not isinstance(value, dict):
-        return (value, []) if is_plain(value) else (None, [name])
-    found, left = {}, []
-    for key, item in value.items():
-        kept, lost = _plain(item, f"{name}.{key}")
-        if not lost or isinstance(kept, dict):
-            found[key] = kept
-        left += lost
-    return found, left
+_NOTHING: Any = object()
+_DEEPEST = 4  # levels of dicts whose entries are looked at one by one
+
+
+def _plain_part(value: Any, name: str, left: list[str], depth: int = 0) -> Any:
+    """The plain value, or what is plain of a dict; names of the rest are added to `left`."""
+    if is_plain(value):
+        return value
+    if type(value) is not dict or depth == _DEEPEST:
+        left.append(name)
+        return _NOTHING
+    parts = {
+        key: _plain_part(item, f"{name}.{key}", left, depth + 1)
+        for key, item in value.items()
+        if is_plain(key)
+    }
+    return {key: part for key, part in parts.items() if part is not _NOTHING}

@@ -15,6 +15,7 @@ from ensemblekit.errors import UnsupportedError
 
 _TYPED = {dtype: name for name, dtype in STORAGES.items() if name != "UntypedStorage"}
 _ORDERED = b"ccollections\nOrderedDict\n)R"
+_DEEPEST, _MOST = 50, 100_000
 _PLAIN = (type(None), bool, int, float, str, list, tuple, dict)
 
 
@@ -52,12 +53,21 @@ def pickled(value: Any) -> bytes:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a value is made of None, booleans, numbers, texts, lists, tuples and dicts alone."""
-    if isinstance(value, dict):
-        return all(is_plain(k) and is_plain(v) for k, v in value.items())
-    if isinstance(value, list | tuple):
-        return all(map(is_plain, value))
-    return type(value) in _PLAIN
+    """Whether a value is made of None, booleans, numbers, texts, lists, tuples and dicts alone.
+
+    And not of too many, or too deep: an untrusted file may hold a list that contains itself.
+    """
+    stack, seen = [(value, 0)], 0
+    while stack:
+        current, depth = stack.pop()
+        seen += 1
+        if type(current) not in _PLAIN or depth > _DEEPEST or seen > _MOST:
+            return False
+        if isinstance(current, dict):
+            stack += [(part, depth + 1) for pair in current.items() for part in pair]
+        elif isinstance(current, list | tuple):
+            stack += [(part, depth + 1) for part in current]
+    return True
 
 
 def _value(value: Any) -> bytes:

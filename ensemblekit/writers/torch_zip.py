@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from ensemblekit.containers.torch_zip import OUR_RECORD
 from ensemblekit.dtypes import DTYPES
 from ensemblekit.writers import Content, Layout
 from ensemblekit.writers.pickling import Ordered, Stored, pickled
@@ -56,7 +57,7 @@ def archive(content: Content, root: Any) -> Layout:
         ("version", b"3\n", None, 0),
     ]
     if "ensemblekit" in content.metadata:
-        parts.append(("ensemblekit.json", content.metadata["ensemblekit"].encode(), None, 0))
+        parts.append((OUR_RECORD, content.metadata["ensemblekit"].encode(), None, 0))
     first = {key: group[0] for group in content.ties for key in group}
     owners = [key for key in content.signature if first.get(key, key) == key]
     for place, key in enumerate(owners):

@@ -1,7 +1,8 @@
 """Runs `average` again and again, each time with a fault at the next call that writes.
 
-Started by `test_kill` as a script: kind of fault, then the folder to work in. It forks for each
-run, so that a run may kill itself and the imports are paid once. Prints one JSON list.
+Started by `test_kill` and `test_kill_outputs` as a script: kind of fault, the folder to work in,
+and for other outputs than the usual one its name and flags. It forks for each run, so that a run
+may kill itself and the imports are paid once. Prints one JSON list.
 """
 
 from __future__ import annotations
@@ -16,16 +17,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ensemblekit import atomic
 from ensemblekit.cli.main import run
 from ensemblekit.commands import average as _  # noqa: F401 (imported before the first fork)
 
-PATCHED = ("pwrite", "fsync", "replace")
-LINE = ["average", "ckpts", "-o", "out/averaged.safetensors"]
-MOST = 60
+PATCHED = ("pwrite", "fsync", "replace", "rename", "mkdir")
+ALSO_KILLED = ("unlink", "rmdir")  # they fail on no full disk, and nobody is interrupted in them
+OUTPUT = "averaged.safetensors"
+MOST = 120
 
 
-def fail_at(nth: int, fault: Callable[[], None]) -> None:
-    """Let the n-th call of any patched function do `fault` first."""
+def fail_at(nth: int, kind: str) -> None:
+    """Let the n-th call of any patched function do the fault first."""
+    fault = FAULTS[kind]
     seen = 0
 
     def patched(honest: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,8 +42,9 @@ def fail_at(nth: int, fault: Callable[[], None]) -> None:
 
         return call
 
-    for name in PATCHED:
+    for name in (*PATCHED, *(ALSO_KILLED if kind == "kill" else ())):
         setattr(os, name, patched(getattr(os, name)))
+    atomic._exchange = patched(atomic._exchange)
 
 
 def full() -> None:
@@ -70,22 +75,34 @@ def forked(line: list[str], prepare: Callable[[], None] | None = None) -> int:
 
 
 def state() -> dict[str, str]:
-    """Every file in the output's folder as text that JSON can hold."""
-    return {path.name: path.read_bytes().decode("latin-1") for path in Path("out").iterdir()}
+    """Every file below the output's folder as text that JSON can hold, and the empty folders."""
+    found = {}
+    for path in sorted(Path("out").rglob("*")):
+        if path.is_file():
+            found[str(path.relative_to("out"))] = path.read_bytes().decode("latin-1")
+        elif not any(path.iterdir()):
+            found[f"{path.relative_to('out')}/"] = ""
+    return found
 
 
-def main(kind: str, folder: str) -> None:
+def main(kind: str, folder: str, output: str = OUTPUT, *flags: str) -> None:
     os.chdir(folder)
     found = []
-    for old in (False, True) if kind in ("kill", "full") else (True,):
-        line = [*LINE, *(["--force"] if old else [])]
+    plain = ["average", "ckpts", "-o", f"out/{output}"]
+    Path("out").mkdir()
+    assert forked([*plain, "--last", "2"]) == 0
+    Path("out").rename("old")
+    both = (False, True) if output == OUTPUT else (kind == "kill",)
+    for old in both if kind in ("kill", "full") else (True,):
+        line = [*plain, *flags, *(["--force"] if old else [])]
         for nth in range(1, MOST):
             shutil.rmtree("out", ignore_errors=True)
-            Path("out").mkdir()
             if old:
-                assert forked([*LINE, "--last", "2"]) == 0
+                shutil.copytree("old", "out")
+            else:
+                Path("out").mkdir()
             before = state()
-            code = forked(line, lambda n=nth: fail_at(n, FAULTS[kind]))  # type: ignore[misc]
+            code = forked(line, lambda n=nth: fail_at(n, kind))  # type: ignore[misc]
             after = state()
             again = forked(line)
             row = {"old": old, "nth": nth, "code": code, "again": again}
