@@ -437,3 +437,87 @@ class TestSeveral:
             for key in ("1.running_mean", "1.running_var", "1.num_batches_tracked"):
                 assert torch.equal(model.state_dict()[key], state[key])
             assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+class Branches(nn.Module):
+    """Two paths, a layer that is used twice, and one that no data reach."""
+
+    def __init__(self, *, twice: bool = False) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.left = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.right = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
+        self.last = nn.Sequential(nn.Dropout(0.5), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4))
+        self.unused = nn.BatchNorm2d(5)
+        self.twice = twice
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        if self.twice:
+            x = self.left[1](x)
+        return torch.as_tensor(self.last(self.left(x) + self.right(x))).mean((2, 3))
+
+
+def population_of_every_layer(model: nn.Module, x: torch.Tensor) -> dict[str, list[torch.Tensor]]:
+    """One layer after the other in float64, all samples at once: what batches stand for."""
+    wide = copy.deepcopy(model).double().eval()
+    found = {}
+    for name in ("first.1", "left.1", "right.1", "last.2"):
+        layer = wide.get_submodule(name)
+        seen: list[torch.Tensor] = []
+        handle = layer.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        with torch.no_grad():
+            wide(x.double())
+        handle.remove()
+        mean, var = seen[0].mean((0, 2, 3)), seen[0].var((0, 2, 3), correction=0)
+        layer.running_mean, layer.running_var = mean, var  # type: ignore[assignment]
+        found[name] = [mean, var]
+    return found
+
+
+@pytest.mark.parametrize("sizes", [(60,), (7,) * 8 + (4,), (2,) * 30])
+def test_layer_by_layer_is_exact_whatever_the_batches(sizes: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model, x = Branches(), normal(60, 3, 10, 10, offset=2)
+    wanted = population_of_every_layer(model, x)
+    found = recompute_bn(model, split(x, *sizes), layerwise=True)
+    for name, (mean, var) in wanted.items():
+        own = found.statistics
+        np.testing.assert_allclose(own[f"{name}.running_mean"], mean, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(own[f"{name}.running_var"], var, rtol=1e-6)
+        layer = model.get_submodule(name)
+        torch.testing.assert_close(layer.running_var.double(), var, rtol=1e-6, atol=0)  # type: ignore[union-attr]
+    assert found.samples == 60
+    assert found.warnings == ("no data reached 1 normalisation layers, such as 'unused'",)
+    assert all(module.training for module in model.modules())  # as before
+
+
+def test_layer_by_layer_with_a_layer_that_is_used_twice() -> None:
+    torch.manual_seed(0)
+    model, x = Branches(twice=True), normal(20, 3, 8, 8)
+    found = recompute_bn(model, split(x, 20), layerwise=True)
+    assert torch.isfinite(found.statistics["last.2.running_var"]).all()
+    assert "left.1" in found.layers
+
+
+def test_layer_by_layer_leaves_everything_as_it_was_when_it_fails() -> None:
+    model, x = Branches(), normal(8, 3, 6, 6)
+    x[5, 0, 0, 0] = torch.nan
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(NotFiniteError):
+        recompute_bn(model, split(x, 4, 4), layerwise=True)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    with pytest.raises(InputError, match="empty"):
+        recompute_bn(model, [], layerwise=True)
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_channels_last_gives_the_same_and_leaves_no_trace(layerwise: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Branches(), normal(32, 3, 8, 8)
+    other = copy.deepcopy(model)
+    plain = recompute_bn(model, split(x, 16, 16), layerwise=layerwise).statistics
+    fast = recompute_bn(other, split(x, 16, 16), layerwise=layerwise, channels_last=True).statistics
+    for key, value in plain.items():
+        np.testing.assert_allclose(fast[key], value, rtol=1e-4, atol=1e-5)
+    assert all(p.is_contiguous() for p in other.parameters())
