@@ -88,6 +88,19 @@ def main() -> None:
         "ensemblekit recompute_bn": lambda: recompute_bn(
             model, [as_batch(part) for part in parts], device=device
         ),
+        "the same, bf16": lambda: recompute_bn(
+            model, [as_batch(part) for part in parts], device=device, autocast=torch.bfloat16
+        ),
+        "the same, channels_last": lambda: recompute_bn(
+            model, [as_batch(part) for part in parts], device=device, channels_last=True
+        ),
+        "the same, both": lambda: recompute_bn(
+            model,
+            [as_batch(part) for part in parts],
+            device=device,
+            autocast=torch.bfloat16,
+            channels_last=True,
+        ),
     }
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -106,6 +119,7 @@ def main() -> None:
     facts = {
         "benchmark": "batchnorm",
         "ratio": round(median["ensemblekit recompute_bn"] / base, 3),
+        "ratio_bf16_channels_last": round(median["the same, both"] / base, 3),
         "median_s": {name: round(value, 4) for name, value in median.items()},
         **vars(options),
         "processor": platform.processor() or platform.machine(),

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -68,7 +68,7 @@ def recompute_bn(
 ) -> Recomputed:
     """Replace running statistics by the population statistics of the data.
 
-    Only the layers recomputed are in train mode, so dropout and stochastic depth stay off.
+    Only the layers recomputed normalise by the batch, so dropout and stochastic depth stay off.
     Statistics are pooled over samples in float64: a short last batch counts for what it is
     (torch's `update_bn` gives each batch the same weight). The variance is the population's
     (divisor N). Flags, momentum, counters and hooks are as before afterwards; after an
@@ -151,7 +151,7 @@ def recompute_all(
     run = _Passes(models, batches, device, world, channels_last=channels_last, progress=progress)
     with ExitStack() as stack:
         for model, own in zip(models, layers, strict=True):
-            stack.enter_context(_only_in_train_mode(model, own))
+            stack.enter_context(_prepared(model, own))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(device.type, autocast, autocast is not None))
         if channels_last:
@@ -258,9 +258,6 @@ def _one_by_one(
     run: _Passes, models: Sequence[nn.Module], layers: Sequence[dict[str, nn.Module]]
 ) -> list[dict[str, Pool]]:
     """Each layer's pool on inputs that the layers before it, finished, have normalised."""
-    for own in layers:
-        for layer in own.values():
-            layer.training = False
     pools: list[dict[str, Pool]] = [{} for _ in models]
     for name, uses in run.uses(layers[0]).items():
         alone = [{name: own[name]} for own in layers]
@@ -312,16 +309,19 @@ def _merged(pools: list[dict[str, Pool]], world: World) -> list[dict[str, Pool]]
 
 
 @contextmanager
-def _only_in_train_mode(model: nn.Module, layers: dict[str, nn.Module]) -> Iterator[None]:
-    """Everything in eval mode but the layers; flags and running values are put back."""
+def _prepared(model: nn.Module, layers: dict[str, nn.Module]) -> Iterator[None]:
+    """Everything in eval mode, but layers that must normalise by themselves.
+
+    Flags and running values are put back.
+    """
     flags = {module: module.training for module in model.modules()}
     values = {
         layer: {key: value.clone() for key, value in layer.named_buffers(recurse=False)}
         for layer in layers.values()
     }
     model.eval()
-    for layer in layers.values():
-        layer.training = True  # not train(): that would wake what lies inside, such as dropout
+    for layer in layers.values():  # not train(): that would wake what lies inside, such as dropout
+        layer.training = not _takes_statistics(layer)
     try:
         yield
     finally:
@@ -343,6 +343,8 @@ def _watched(layers: dict[str, nn.Module], pools: dict[str, Pool], *, stop: bool
                 module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name
             ) -> None:
                 seen = statistics_of(name, module, args[0] if args else kwargs["input"])
+                if not module.training:  # it normalises the batch by these: no second look at it
+                    _put(module, seen)
                 if name in pools:
                     pools[name].add(seen)
                 else:
@@ -368,11 +370,26 @@ def _write(
     with torch.no_grad():
         for name, pool in pools.items():
             layer = layers[name]
+            _put(layer, pool)
             values = {"running_mean": pool.mean_C, "running_var": pool.deviations_C / pool.count}
             for key, value in values.items():
-                getattr(layer, key).copy_(value)
                 statistics.update({prefix + key: value.cpu() for prefix in names[layer]})
     return statistics
+
+
+def _put(layer: nn.Module, pool: Pool) -> None:
+    """A pool's mean and variance as the running ones."""
+    cast(torch.Tensor, layer.running_mean).copy_(pool.mean_C)
+    cast(torch.Tensor, layer.running_var).copy_(pool.deviations_C / pool.count)
+
+
+def _takes_statistics(layer: nn.Module) -> bool:
+    """Whether a layer in eval mode normalises by the running values as well as in train mode by its own.
+
+    Instance norm has values of each sample; half precision would round the values.
+    """
+    wide = cast(torch.Tensor, layer.running_var).dtype in (torch.float32, torch.float64)
+    return isinstance(layer, _BatchNorm) and wide
 
 
 class _LabelOrder:

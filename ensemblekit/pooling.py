@@ -14,6 +14,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from ensemblekit.errors import InputError, NotFiniteError
 
 _CHUNK = 1 << 18  # values that are widened at a time: they stay in the cache
+_DROWNED = 1e4  # squared mean over variance beyond which sums of squares lose digits
 
 
 @dataclass
@@ -47,7 +48,6 @@ def statistics_of(name: str, layer: nn.Module, x: torch.Tensor) -> Pool:
     exact = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
     if isinstance(layer, _InstanceNorm):
         return _instance_statistics(name, layer, x.to(exact))
-    dims = [d for d in range(x.ndim) if d != 1]
     count = x.numel() // max(x.shape[1], 1)
     if count < 2:
         raise InputError(
@@ -56,22 +56,34 @@ def statistics_of(name: str, layer: nn.Module, x: torch.Tensor) -> Pool:
         )
     per_sample = max(x.numel() // max(len(x), 1), 1)
     parts = torch.split(x, max(1, _CHUNK // per_sample))
-    near_C = x[:1].to(exact).mean(dims)
-    pool, *others = (_moments(part, dims, near_C) for part in parts)
+    pool, *others = (_moments(part, exact) for part in parts)
     for other in others:
         pool.add(other)
     _check_finite(name, pool.mean_C, pool.deviations_C)
     return pool
 
 
-def _moments(x: torch.Tensor, dims: list[int], near_C: torch.Tensor) -> Pool:
-    """Sums of differences from a value that is near the mean: nothing cancels, one look suffices."""
-    off = x.to(near_C.dtype) - near_C.view(1, -1, *[1] * (x.ndim - 2))
-    count = x.numel() // len(near_C)
-    shift_C = off.sum(dims) / count
-    squares_C = torch.linalg.vector_norm(off, dim=dims).square()
-    deviations_C = (squares_C - count * shift_C**2).clamp(min=0)
-    return Pool(float(count), near_C + shift_C, deviations_C)
+def _moments(x: torch.Tensor, exact: torch.dtype) -> Pool:
+    """In one look, where the mean is not so large that squares would drown what differs from it."""
+    wide = x.to(exact, copy=True)
+    count = x.numel() // x.shape[1]
+    sum_C, squares_C = _sums(wide)
+    mean_C = sum_C / count
+    deviations_C = squares_C - sum_C * mean_C
+    if bool((sum_C * mean_C > _DROWNED * deviations_C).any()):
+        off_C, squares_C = _sums(wide.sub_(mean_C.view(1, -1, *[1] * (x.ndim - 2))))
+        deviations_C = (squares_C - off_C**2 / count).clamp(min=0)
+        mean_C = mean_C + off_C / count
+    return Pool(float(count), mean_C, deviations_C)
+
+
+def _sums(wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums and sums of squares by channel; along what lies together in memory first."""
+    if wide.ndim > 2 and wide.is_contiguous():
+        planes = wide.flatten(2)
+        return planes.sum(2).sum(0), torch.linalg.vector_norm(planes, dim=2).square().sum(0)
+    rows = wide.movedim(1, -1).flatten(0, -2)
+    return rows.sum(0), torch.linalg.vector_norm(rows, dim=0).square()
 
 
 def _instance_statistics(name: str, layer: _InstanceNorm, wide: torch.Tensor) -> Pool:
