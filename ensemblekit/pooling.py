@@ -65,25 +65,27 @@ def statistics_of(name: str, layer: nn.Module, x: torch.Tensor) -> Pool:
 
 def _moments(x: torch.Tensor, exact: torch.dtype) -> Pool:
     """In one look, where the mean is not so large that squares would drown what differs from it."""
-    wide = x.to(exact, copy=True)
     count = x.numel() // x.shape[1]
-    sum_C, squares_C = _sums(wide)
+    sum_C, squares_C = _sums(x.to(exact, copy=True))
     mean_C = sum_C / count
     deviations_C = squares_C - sum_C * mean_C
     if bool((sum_C * mean_C > _DROWNED * deviations_C).any()):
-        off_C, squares_C = _sums(wide.sub_(mean_C.view(1, -1, *[1] * (x.ndim - 2))))
+        off_C, squares_C = _sums(x.to(exact) - mean_C.view(1, -1, *[1] * (x.ndim - 2)))
         deviations_C = (squares_C - off_C**2 / count).clamp(min=0)
         mean_C = mean_C + off_C / count
     return Pool(float(count), mean_C, deviations_C)
 
 
 def _sums(wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums and sums of squares by channel; along what lies together in memory first."""
+    """Sums and sums of squares by channel, of values that may be overwritten.
+
+    Along what lies together in memory first.
+    """
     if wide.ndim > 2 and wide.is_contiguous():
         planes = wide.flatten(2)
         return planes.sum(2).sum(0), torch.linalg.vector_norm(planes, dim=2).square().sum(0)
     rows = wide.movedim(1, -1).flatten(0, -2)
-    return rows.sum(0), torch.linalg.vector_norm(rows, dim=0).square()
+    return rows.sum(0), rows.square_().sum(0)
 
 
 def _instance_statistics(name: str, layer: _InstanceNorm, wide: torch.Tensor) -> Pool:
