@@ -16,7 +16,7 @@ from ensemblekit.mixing import Scratch
 from ensemblekit.snapshots import Snapshot
 from ensemblekit.tables import TensorTable, one_form
 
-_BLOCK_VALUES = 1 << 20  # values of all snapshots together that are in hand at a time
+_BLOCK_VALUES = 1 << 19  # values of all snapshots together that are in hand at a time
 _READ_BLOCK = 1 << 20
 
 

@@ -158,15 +158,17 @@ def to_bfloat16(
         nearest: The same as float32; overwritten.
         upper: Receives the bits.
     """
-    bits = nearest.view(np.uint32)
-    middle = np.flatnonzero(bits << 16 == 1 << 31)
-    if middle.size:
-        exact, rounded = np.abs(values.flat[middle]), np.abs(nearest.flat[middle])
-        bits.flat[middle] += (exact > rounded).astype(np.uint32)
-        bits.flat[middle] -= (exact < rounded).astype(np.uint32)
+    bits = nearest.view(np.uint32).reshape(-1)  # a view: of an array that was just made
+    middle = np.flatnonzero(bits.astype(np.uint16) == 0x8000)
+    exact, rounded = values.reshape(-1)[middle], nearest.reshape(-1)[middle]
+    moved = exact != rounded
+    if moved.any():
+        middle, larger = middle[moved], np.abs(exact[moved]) > np.abs(rounded[moved])
+        bits[middle[larger]] += 1
+        bits[middle[~larger]] -= 1
     odd = bits >> 16
     odd &= 1
     odd += 0x7FFF
     bits += odd
-    np.right_shift(bits, 16, out=upper, casting="unsafe")
+    np.right_shift(bits, 16, out=upper.reshape(-1), casting="unsafe")
     return upper

@@ -7,7 +7,7 @@ import torch
 
 from ensemblekit import EnsembleModule, FusedEnsemble, Head, fastest
 from ensemblekit.latency import Effort, Latency
-from ensemblekit.runtimes import choosing
+from ensemblekit.runtimes import choosing, unavailable
 from tests.architectures import ARCHITECTURES, members
 
 SHORT = Effort(seconds=0.1, least=3, warm_up_s=0.05)
@@ -45,6 +45,28 @@ def test_the_loop_is_left_for_a_real_gain_only(
         members(architecture, 2), Head("classification", "mean"), *architecture.inputs(2, 0)
     )
     assert type(made) is kind
+
+
+@pytest.mark.skipif(unavailable("torch-compile", torch.device("cpu")) is not None, reason="no C++")
+def test_compiled_ways_take_part() -> None:
+    architecture = ARCHITECTURES["mlp"]
+    ensemble, head = members(architecture, 3), Head("classification", "mean")
+    given = architecture.inputs(4, 1)
+    seen: list[int] = []
+
+    def measure(runs: dict[int, object], **_: object) -> dict[int, Latency]:
+        seen.extend(runs)
+        times = [1.0, 0.9, 0.8, 0.3]  # the loop, fused, and both compiled
+        return {n: Latency(1, 1, 9, times[n], times[n], times[n], times[n], 0.0, 0.0) for n in runs}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choosing, "measure", measure)
+        made = fastest(ensemble, head, *given, compiled=True)
+    assert seen == [0, 1, 2, 3]
+    assert not isinstance(made, FusedEnsemble)  # but what the compiler made of it
+    with torch.inference_mode():
+        wanted = EnsembleModule(ensemble, head).eval()(*given)
+        torch.testing.assert_close(made(*given), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_a_single_member_is_its_own_loop() -> None:

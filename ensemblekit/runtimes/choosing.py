@@ -4,7 +4,7 @@ Input: members and a head. The loop is always among the ways, so the choice is n
 by more than the stopwatch's error.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,9 +26,10 @@ def fastest(
     head: Head,
     *inputs: torch.Tensor,
     logits: str | None = None,
+    compiled: bool = False,
     effort: Effort = _EFFORT,
     **keywords: torch.Tensor,
-) -> EnsembleModule | FusedEnsemble:
+) -> nn.Module:
     """The ensemble as the module that runs these inputs fastest.
 
     Args:
@@ -36,6 +37,8 @@ def fastest(
         head: How their outputs become one.
         *inputs: What one member takes, at the batch size that matters, on that device.
         logits: Entry of a dict output that holds the logits.
+        compiled: Try each way under `torch.compile`, too, which takes minutes; what comes back is
+            then compiled for these sizes alone.
         effort: How long to measure.
         **keywords: Inputs by keyword.
 
@@ -52,12 +55,18 @@ def fastest(
     size = len(next(iter(keywords.values() if keywords else inputs)))
     batch = Batch(values, None, size)
     kinds = [FusedEnsemble, *([StreamedEnsemble] if device.type == "cuda" else [])]
-    ways: list[EnsembleModule | FusedEnsemble] = [loop]
+    makers: list[Callable[[], Any]] = [
+        partial(kind, members, head, logits=logits) for kind in kinds
+    ]
+    if compiled:
+        eager = [lambda: loop, *makers]
+        makers += [partial(_compiled, make) for make in eager]
+    ways: list[nn.Module] = [loop]
     with torch.inference_mode():
         wanted = forward(loop, batch)
-        for kind in kinds:
+        for make in makers:
             try:
-                rival: Any = kind(members, head, logits=logits).eval()
+                rival: Any = make().eval()
                 got = forward(rival, batch)
             except Exception:  # noqa: BLE001, S112  # no rule of vmap, no memory: not a way
                 continue
@@ -71,3 +80,7 @@ def fastest(
         )
     best = min(found, key=lambda place: found[place].p50_ms)
     return ways[best] if found[best].p50_ms < _WORTH * found[0].p50_ms else loop
+
+
+def _compiled(make: Callable[[], nn.Module]) -> Any:
+    return torch.compile(make(), dynamic=False)
