@@ -203,8 +203,8 @@ def _average_tensor(
     reader = TensorBlocks(key, snapshots.snapshots, work.scratch)
     target = work.target(spec.type)
     growth = 1 if target is None else target.itemsize / spec.type.itemsize
-    collect = reader.permutation is not None
-    parts: list[list[npt.NDArray[np.uint8]]] = [[] for _ in rows]
+    size = (target or spec.type).itemsize * spec.size
+    collected = [] if reader.permutation is None else [np.empty(size, np.uint8) for _ in rows]
     moments = Moments.none(len(specs))
     for number, (offset, block_KB) in enumerate(reader):
         if spec.type.kind in ("float", "complex"):
@@ -213,13 +213,15 @@ def _average_tensor(
         else:
             results = _pick_integers(snapshots, key, block_KB, rows)
         for m, result in enumerate(results):
-            if collect:
-                parts[m].append(result.copy())
+            place = int(offset * growth)
+            if collected:
+                collected[m][place : place + result.size] = result
             else:
-                sinks[m](key, int(offset * growth), result)
-    if collect:
-        for m, pieces in enumerate(parts):
-            sinks[m](key, 0, reader.in_c_order(np.concatenate(pieces), target or spec.type))
+                sinks[m](key, place, result)
+    while collected:
+        sinks[len(rows) - len(collected)](
+            key, 0, reader.in_c_order(collected.pop(0), target or spec.type)
+        )
     with work.lock:
         work.moments[key] = moments
 

@@ -386,7 +386,7 @@ class _Weights:
         self.dtype = dtype
         self.strict = strict
         self.similarity = Similarity(())
-        self.notes: dict[str, Any] = {}
+        self.moments: dict[str, Moments] = {}
 
     def fill(self, sink: Sink, keys: Collection[str] | None = None) -> None:
         """Give tensors to `sink`, recomputed statistics in the place of averaged ones."""
@@ -395,7 +395,7 @@ class _Weights:
             if key not in self.statistics:
                 sink(key, offset, data)
 
-        made = sums(
+        self.moments |= sums(
             self.snapshots,
             [self.row],
             [unless_replaced],
@@ -403,7 +403,6 @@ class _Weights:
             dtype=self.dtype,
             replaced=frozenset(self.statistics),
         )
-        self.notes |= {key: moments.to_json() for key, moments in made.items()}
         for key, values in self.statistics.items():
             if keys is None or key in keys:
                 own = self.snapshots.first.tensors[key].dtype
@@ -413,10 +412,17 @@ class _Weights:
                 check_result(key, rounded)
                 sink(key, 0, rounded.reshape(-1).view(np.uint8))
 
+    def notes(self) -> dict[str, Any]:
+        """The moments of the tensors that are filled."""
+        return {key: moments.to_json() for key, moments in self.moments.items()}
+
+    def resume(self, notes: dict[str, Any]) -> None:
+        """Take up the moments of tensors that an earlier run filled."""
+        self.moments |= {key: Moments.from_json(value) for key, value in notes.items()}
+
     def done(self) -> None:
         """What all tensors together say of the snapshots."""
-        moments = {key: Moments.from_json(value) for key, value in self.notes.items()}
-        self.similarity = similarity(self.snapshots, self.row, moments)
+        self.similarity = similarity(self.snapshots, self.row, self.moments)
         self.warnings += _basin_warnings(self.snapshots, self.similarity)
         if self.strict and self.warnings:
             raise CheckFailedError(f"--strict: {self.warnings[0]}")

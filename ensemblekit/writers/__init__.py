@@ -80,11 +80,14 @@ class Layout:
 class Filler(Protocol):
     """What gives the values of tensors."""
 
-    notes: dict[str, Any]
-    """What is known of the keys that are filled and is needed in the end; plain values."""
-
     def fill(self, sink: Sink, keys: Collection[str] | None = None) -> None:
         """Give every tensor, or those of some keys, to `sink(key, offset, data)`."""
+
+    def notes(self) -> dict[str, Any]:
+        """What is known of the tensors that are filled and is needed in the end; plain values."""
+
+    def resume(self, notes: dict[str, Any]) -> None:
+        """Take up notes of tensors that an earlier run filled."""
 
     def done(self) -> None:
         """All tensors are filled: checks that need them all."""

@@ -116,7 +116,7 @@ def save_folder(
                 filler.fill(filling.sink, keys)
                 done[name] = filling.seal()
                 file.rename()
-            _write(partial / _PROGRESS, {"files": done, "notes": filler.notes})
+            _write(partial / _PROGRESS, {"files": done, "notes": filler.notes()})
         filler.done()
         files = done | _finish(partial, content, plan)
         digest = folder_digest(files)
@@ -230,7 +230,7 @@ def _progress(partial: Path, filler: Filler) -> dict[str, str]:
             if sha256(Source(partial / name)) == digest
         }
         if len(found) == len(known["files"]):
-            filler.notes.update(known["notes"])
+            filler.resume(known["notes"])
         else:
             found = {}
     for file in partial.iterdir():

@@ -41,7 +41,7 @@ class Arrays:
 
     def __init__(self, arrays: Mapping[str, Array]) -> None:
         self.arrays = arrays
-        self.notes: dict[str, Any] = {}
+        self.told: dict[str, Any] = {}
         self.asked: list[list[str] | None] = []
         self.finished = 0
 
@@ -50,10 +50,16 @@ class Arrays:
         for key, array in self.arrays.items():
             if keys is not None and key not in keys:
                 continue
-            self.notes[key] = int(array.size)
+            self.told[key] = int(array.size)
             data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
             for start in range(0, data.size, 1000):
                 sink(key, start, data[start : start + 1000])
+
+    def notes(self) -> dict[str, Any]:
+        return dict(self.told)
+
+    def resume(self, notes: dict[str, Any]) -> None:
+        self.told |= dict(notes.items())
 
     def done(self) -> None:
         self.finished += 1

@@ -434,7 +434,7 @@ def test_the_same_request_goes_on(
     assert len(filler.asked) == 3 - nth, "finished shards are not filled again"
     found = {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in out.glob("model-*")}
     assert done.items() <= found.items(), "nor written again"
-    assert filler.notes == {key: array.size for key, array in ARRAYS.items()}
+    assert filler.notes() == {key: array.size for key, array in ARRAYS.items()}
     fresh = put(tmp_path / "fresh")
     assert digest(out) == fresh
     assert names(tmp_path) == ["fresh", "fresh.json", "out", "out.json"]

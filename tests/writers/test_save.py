@@ -47,10 +47,15 @@ class Filled:
 
     def __init__(self, function: Callable[[Sink], object]) -> None:
         self.function = function
-        self.notes: dict[str, Any] = {}
 
     def fill(self, sink: Sink, keys: Any = None) -> None:
         self.function(sink)
+
+    def notes(self) -> dict[str, Any]:
+        return {}
+
+    def resume(self, notes: dict[str, Any]) -> None:
+        pass
 
     def done(self) -> None:
         pass
