@@ -26,6 +26,10 @@ class Objective(Protocol):
     def value(self, row: "Row") -> float:
         """The figure of the average on choosing data, turned so that higher is better."""
 
+
+class SmoothObjective(Objective, Protocol):
+    """What a rule that follows a slope asks beside that."""
+
     def gradient(self, row: "Row") -> "tuple[float, npt.NDArray[np.float64]]":
         """The mean loss of the average there, and its derivative by each of K coefficients."""
 

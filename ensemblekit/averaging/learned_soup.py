@@ -5,14 +5,14 @@ Input: snapshots and an objective that can be differentiated through the mixed w
 
 import numpy as np
 
-from ensemblekit.averaging import Objective
+from ensemblekit.averaging import SmoothObjective
 from ensemblekit.candidates import Row
 from ensemblekit.errors import UsageError
 from ensemblekit.snapshots import SnapshotSet
 
 
 def learned_soup(
-    snapshots: SnapshotSet, *, objective: Objective | None = None, steps: int = 6
+    snapshots: SnapshotSet, *, objective: SmoothObjective | None = None, steps: int = 6
 ) -> Row:
     """Exponentiated gradient over the simplex from the uniform mean; the best step is returned.
 

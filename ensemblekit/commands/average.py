@@ -6,7 +6,7 @@ Input: paths, a rule, and optionally a model and data. Without a model nothing h
 import contextlib
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ensemblekit import averaging, writers
-from ensemblekit.atomic import check_output
 from ensemblekit.candidates import Row
-from ensemblekit.commands import provenance
+from ensemblekit.commands import outgoing, provenance
 from ensemblekit.commands.bn_plan import BN_POLICIES, BnPlan, plan_bn
 from ensemblekit.commands.result import AverageResult, Measured
 from ensemblekit.discovery import discover
 from ensemblekit.distributed import rank
 from ensemblekit.dtypes import DTYPES, narrow
-from ensemblekit.errors import CheckFailedError, UsageError, listing, one_of
-from ensemblekit.files import Source, sha256
+from ensemblekit.errors import CheckFailedError, UsageError, one_of
 from ensemblekit.mixing import Moments
 from ensemblekit.options import ModelOptions, Progress
 from ensemblekit.selection import Selection
@@ -37,39 +35,10 @@ from ensemblekit.state import (
     similarity,
     sums,
 )
-from ensemblekit.writers import folder, lightning
+from ensemblekit.writers import folder
 from ensemblekit.writers.saving import save
 
 SAME_BASIN = 0.8  # two seeds measured 0.05 to 0.46, snapshots of one run 0.85 and more
-FLOATS = tuple(name for name, dtype in DTYPES.items() if dtype.kind == "float")
-
-
-@dataclass(frozen=True)
-class Output:
-    """Where the average goes, and in which form.
-
-    Attributes:
-        path: A file (its ending chooses the format) or, without an ending, a folder; None keeps
-            the average in memory.
-        dtype: Element type of all floating-point tensors; their own when None.
-        shard_bytes: Of one file of a folder at most.
-        force: Replace what is there.
-        dry_run: Write nothing.
-    """
-
-    path: Path | None
-    dtype: str | None = None
-    shard_bytes: int = folder.SHARD_BYTES
-    force: bool = False
-    dry_run: bool = False
-
-    def __post_init__(self) -> None:
-        if self.dtype is not None:
-            one_of(self.dtype, FLOATS, what="--dtype")
-        if self.shard_bytes < 1:
-            raise UsageError(f"--max-shard-size {self.shard_bytes}: must be more than 0")
-        if self.path is not None:
-            writers.check_format(self.path)
 
 
 def average(
@@ -123,7 +92,7 @@ def average(
     one_of(bn, BN_POLICIES, what="--bn policy")
     paths = [checkpoints] if isinstance(checkpoints, str | os.PathLike) else list(checkpoints)
     path = None if output is None else Path(output)
-    target = Output(path, dtype, shard_bytes, force, dry_run)
+    target = outgoing.Output(path, dtype, shard_bytes, force, dry_run)
     snapshots = discover(*paths, selection=selection)
     if candidate is not None:
         return _measured_before(
@@ -147,13 +116,13 @@ def average(
     result = _described(snapshots, row, method, plan)
     with provenance.Digests(snapshots) as digests:
         terms = provenance.terms(snapshots, row, method, bn, options, dtype)
-        terms["companions"] = _companion_digests(target, snapshots)
+        terms["companions"] = outgoing.companion_digests(target, snapshots)
         if path is not None:
             if not force and (done := provenance.up_to_date(path, result, terms, digests)):
                 if strict and done.warnings:
                     raise CheckFailedError(f"--strict: {done.warnings[0]}")
                 return done
-            _check(target, snapshots)
+            outgoing.check(target, snapshots)
         if dry_run:
             shown = None if path is None else str(path)
             return replace(result, output=shown, warnings=tuple(warnings))
@@ -194,7 +163,7 @@ def _measured_before(
     snapshots: SnapshotSet,
     name: str,
     comparison: Path,
-    target: Output,
+    target: outgoing.Output,
     *,
     strict: bool,
     command: Sequence[str],
@@ -221,12 +190,12 @@ def _measured_before(
     path = target.path
     terms = provenance.terms(taken.snapshots, row, name, policy, ModelOptions(), target.dtype)
     terms["comparison"] = provenance.file_digest(comparison)
-    terms["companions"] = _companion_digests(target, taken.snapshots)
+    terms["companions"] = outgoing.companion_digests(target, taken.snapshots)
     with provenance.Digests(taken.snapshots) as digests:
         if path is not None:
             if not target.force and (done := provenance.up_to_date(path, result, terms, digests)):
                 return done
-            _check(target, taken.snapshots)
+            outgoing.check(target, taken.snapshots)
         if target.dry_run or rank() != 0:
             shown = None if path is None else str(path)
             return replace(result, output=shown, warnings=tuple(warnings))
@@ -235,53 +204,10 @@ def _measured_before(
         return _written(result, weights, target, terms, digests, command)
 
 
-def _check(target: Output, snapshots: SnapshotSet) -> None:
-    """Refuse early what could not be written."""
-    path = target.path
-    assert path is not None
-    if writers.is_folder(path):
-        folder.check_replaceable(path, inputs=_files(snapshots), force=target.force)
-    else:
-        check_output(path, inputs=_files(snapshots), force=target.force)
-        writers.layout(path, _content(target, snapshots, {}, []))
-
-
-def _content(
-    target: Output, snapshots: SnapshotSet, metadata: Mapping[str, str], warnings: list[str]
-) -> writers.Content:
-    """What goes into the output; what cannot go along is said in `warnings`."""
-    newest = snapshots.snapshots[-1]
-    signature = converted(snapshots.first.signature, target.dtype)
-    content = writers.Content(signature, snapshots.ties, metadata)
-    path = target.path
-    assert path is not None
-    if path.suffix == ".ckpt":
-        document, left = lightning.document(newest)
-        if left:
-            warnings.append(f"{path}: not carried along, because not plain values: {listing(left)}")
-        return replace(content, document=document)
-    return replace(content, copies=_companions(target, snapshots))
-
-
-def _companions(target: Output, snapshots: SnapshotSet) -> dict[Path, dict[str, Any]]:
-    """What a folder carries along from beside the newest snapshot."""
-    if target.path is None or not writers.is_folder(target.path):
-        return {}
-    newest = snapshots.snapshots[-1].path
-    source = newest if newest.is_dir() else newest.parent
-    if not (source / "config.json").is_file():
-        return {}
-    return folder.companions(source, target.dtype)
-
-
-def _companion_digests(target: Output, snapshots: SnapshotSet) -> dict[str, str]:
-    return {path.name: sha256(Source(path)) for path in _companions(target, snapshots)}
-
-
 def _written(
     result: AverageResult,
     weights: "_Weights",
-    target: Output,
+    target: outgoing.Output,
     terms: dict[str, Any],
     digests: provenance.Digests,
     command: Sequence[str],
@@ -308,8 +234,10 @@ def _written(
         request = {"inputs": digests.value(), **terms}
         return provenance.manifest(done, snapshots, weights.row, weights.policy, command, request)
 
-    content = _content(target, snapshots, provenance.metadata(snapshots, result), weights.warnings)
-    inputs = _files(snapshots)
+    content = outgoing.content(
+        target, snapshots, provenance.metadata(snapshots, result), weights.warnings
+    )
+    inputs = outgoing.files(snapshots)
     if writers.is_folder(path):
         folder.save_folder(
             path,
@@ -326,10 +254,6 @@ def _written(
     else:
         save(path, content, weights, manifest, inputs=inputs, force=target.force)
     return done
-
-
-def _files(snapshots: SnapshotSet) -> list[Path]:
-    return [source.path for s in snapshots.snapshots for source in s.sources]
 
 
 def _described(snapshots: SnapshotSet, row: Row, method: str, plan: BnPlan) -> AverageResult:

@@ -7,9 +7,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
 
-import numpy as np
-import numpy.typing as npt
-
 from ensemblekit import metrics
 from ensemblekit.cache import Cache
 from ensemblekit.candidates import BatchNorm, Member, Row
@@ -50,10 +47,6 @@ class ValidationObjective:
         if row not in self._known:
             self._known[row] = self._run(row)
         return self._known[row]
-
-    def gradient(self, row: Row) -> tuple[float, npt.NDArray[np.float64]]:
-        """Not offered here: no rule of `average` follows a gradient."""
-        raise NotImplementedError
 
     def close(self) -> None:
         """Let go of data and models, if there are any yet."""
