@@ -46,7 +46,7 @@ class Fingerprint(NamedTuple):
 def from_os_error(error: OSError, path: Path, *, doing: str) -> Exception:
     """The exception of ours that says what `error` means for `path`."""
     reason = error.strerror or str(error)
-    if error.errno in _MACHINE_ERRNOS:
+    if error.errno in _MACHINE_ERRNOS or doing not in ("open", "read"):  # an output is no input
         hints = {errno.ENOSPC: "free some space or choose another -o", errno.EACCES: "see ls -l"}
         hint = hints.get(error.errno or 0)
         return MachineError(f"cannot {doing} {path}: {reason}", hint=hint)
