@@ -36,7 +36,8 @@ class Similarity:
     """How alike the snapshots are, from the same read that averages them.
 
     Attributes:
-        cosines: Of each snapshot to the mean of the others in the first row, over all parameters;
+        cosines: Of each snapshot to the mean of the others in the first row, over all parameters
+            (of large tensors over every fourth block, in float32: good to about 1e-3);
             1 is parallel. (To the mean itself two orthogonal snapshots still have 0.71.)
         outliers: (snapshot name, key, ratio of its norm to the median norm of its siblings).
     """
