@@ -13,6 +13,7 @@ from ensemblekit.containers import Extent, TensorSpec, is_dense, read_array, sto
 from ensemblekit.dtypes import DType
 from ensemblekit.errors import DamagedError
 from ensemblekit.mixing import Scratch
+from ensemblekit.pieces import PiecesReader
 from ensemblekit.snapshots import Snapshot
 from ensemblekit.tables import TensorTable, one_form
 
@@ -31,7 +32,7 @@ class TensorBlocks:
         self.snapshots = snapshots
         self.specs = [snapshot.tensors[key] for snapshot in snapshots]
         first = self.specs[0]
-        alike = all(s.stride == first.stride and is_dense(s) for s in self.specs)
+        alike = all(s.stride == first.stride and (s.pieces or is_dense(s)) for s in self.specs)
         self.whole: list[npt.NDArray[np.uint8]] | None = None
         self.permutation: tuple[int, ...] | None = None
         if not alike:  # rare: gaps, or different memory formats; each is brought to C order
@@ -54,6 +55,7 @@ class TensorBlocks:
             self.whole is None and own.extent.crc32 is not None and _fills_storage(own)
             for own in self.specs
         ]
+        joined = {k: PiecesReader(own) for k, own in enumerate(self.specs) if own.pieces}
         for offset in range(0, spec.nbytes, step):
             length = min(step, spec.nbytes - offset)
             if length < step:
@@ -62,6 +64,9 @@ class TensorBlocks:
             for k, own in enumerate(self.specs):
                 if self.whole is not None:
                     part[k] = self.whole[k][offset : offset + length]
+                    continue
+                if k in joined:
+                    joined[k].read_into(memoryview(part[k]), offset)
                     continue
                 own.extent.source.read_into(memoryview(part[k]), own.start + offset)
                 if checked[k]:

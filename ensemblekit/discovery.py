@@ -7,7 +7,7 @@ import glob
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,26 +60,33 @@ class Examination:
 
 
 def discover(
-    *checkpoints: str | os.PathLike[str], selection: Selection | None = None
+    *checkpoints: str | os.PathLike[str],
+    selection: Selection | None = None,
+    seen: Callable[[Snapshot], None] | None = None,
 ) -> SnapshotSet:
     """The snapshots in files, folders and globs, read without running any code in them.
 
     Args:
         checkpoints: What to look at.
         selection: Which weights and which snapshots; default: all that belong to the run.
+        seen: Told of every snapshot as soon as it is found, also of those that are left out later.
 
     Raises:
         UsageError: A path that does not exist, a selection that selects nothing.
         InputError: A file that is damaged, hostile, or does not fit the others.
         MachineError: The operating system refused to read.
     """
-    found = examine(checkpoints, selection or Selection())
+    found = examine(checkpoints, selection or Selection(), seen)
     if found.errors:
         raise _combined(found.errors)
     return SnapshotSet(found.used, found.skipped, found.warnings, found.ordered_by)
 
 
-def examine(checkpoints: Sequence[str | os.PathLike[str]], selection: Selection) -> Examination:
+def examine(
+    checkpoints: Sequence[str | os.PathLike[str]],
+    selection: Selection,
+    seen: Callable[[Snapshot], None] | None = None,
+) -> Examination:
     """Look at everything and keep what is wrong as data.
 
     Raises:
@@ -92,6 +99,8 @@ def examine(checkpoints: Sequence[str | os.PathLike[str]], selection: Selection)
     for place in places:
         try:
             found.append(read_snapshot(place, selection.weights))
+            if seen is not None:
+                seen(found[-1])
         except NoWeightsError as error:
             if place.found_in is None:
                 errors.append(error)

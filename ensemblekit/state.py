@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ensemblekit import bfloat16
 from ensemblekit.blocks import TensorBlocks, check_shared_storages
 from ensemblekit.candidates import Row
 from ensemblekit.dtypes import DTYPES, DType
@@ -26,7 +27,7 @@ from ensemblekit.snapshots import Signature, SnapshotSet
 Sink = Callable[[str, int, npt.NDArray[np.uint8]], None]
 """`sink(key, offset, data)`: takes bytes of a finished tensor, C order, from a byte offset on."""
 
-_TELLING = 4  # of so many blocks of a tensor one is looked at for norms and angles
+_TELLING = 8  # of so many blocks of a tensor one is looked at for norms and angles
 _OUTLIER = 10.0
 _OUTLIER_SIZE = 64  # the norm of a few biases says little
 
@@ -37,7 +38,7 @@ class Similarity:
 
     Attributes:
         cosines: Of each snapshot to the mean of the others in the first row, over all parameters
-            (of large tensors over every fourth block, in float32: good to about 1e-3);
+            (of large tensors over every eighth block, in float32: good to about 1e-3);
             1 is parallel. (To the mean itself two orthogonal snapshots still have 0.71.)
         outliers: (snapshot name, key, ratio of its norm to the median norm of its siblings).
     """
@@ -241,6 +242,9 @@ def _mix_floats(
     target = work.target(snapshots.first.tensors[key].type)
     if is_quick(real, rows, target) and not key.endswith("running_var"):
         with contextlib.suppress(NotRegular):
+            if not telling and target is None and real == bfloat16.KIND and _plain_mean(rows):
+                return [bfloat16.mean(block_KB, work.scratch)]
+        with contextlib.suppress(NotRegular):
             seen = moments if telling else None
             results = quick(block_KB, real, rows, seen, work.scratch, target)
             if target is not None:
@@ -260,6 +264,10 @@ def _mix_floats(
                 constant=bool(np.isinf(values_KN).any()),
             )
     return results
+
+
+def _plain_mean(rows: Sequence[Row]) -> bool:
+    return len(rows) == 1 and {*rows[0].coefficients} == {1.0}
 
 
 def _pick_integers(

@@ -93,32 +93,31 @@ def average(
     paths = [checkpoints] if isinstance(checkpoints, str | os.PathLike) else list(checkpoints)
     path = None if output is None else Path(output)
     target = outgoing.Output(path, dtype, shard_bytes, force, dry_run)
-    snapshots = discover(*paths, selection=selection)
-    if candidate is not None:
-        return _measured_before(
-            snapshots,
-            candidate[0],
-            Path(candidate[1]),
-            target,
-            strict=strict,
-            command=command,
-        )
-    options = options.with_model_from([s.facts.model_hint for s in snapshots.snapshots])
-    row = _row(snapshots, method, rule_options or {}, bn, options, progress)
-    unordered = snapshots.ordered_by == "content" and method not in averaging.ORDERLESS
-    if unordered and len({*row.coefficients}) > 1:
-        raise UsageError(
-            "coefficients need an order, and neither the files nor their names tell one",
-            hint="number the files, oldest first",
-        )
-    warnings = list(snapshots.warnings)
-    plan = plan_bn(snapshots, row, bn, options, warnings)
-    result = _described(snapshots, row, method, plan)
-    with provenance.Digests(snapshots) as digests:
+    with provenance.Digests() as digests:
+        wanted = path is not None and not dry_run and rank() == 0
+        snapshots = discover(*paths, selection=selection, seen=digests.start if wanted else None)
+        if candidate is not None:
+            name, comparison = candidate[0], Path(candidate[1])
+            return _measured_before(
+                snapshots, name, comparison, target, digests, strict=strict, command=command
+            )
+        options = options.with_model_from([s.facts.model_hint for s in snapshots.snapshots])
+        row = _row(snapshots, method, rule_options or {}, bn, options, progress)
+        unordered = snapshots.ordered_by == "content" and method not in averaging.ORDERLESS
+        if unordered and len({*row.coefficients}) > 1:
+            raise UsageError(
+                "coefficients need an order, and neither the files nor their names tell one",
+                hint="number the files, oldest first",
+            )
+        warnings = list(snapshots.warnings)
+        plan = plan_bn(snapshots, row, bn, options, warnings)
+        result = _described(snapshots, row, method, plan)
         terms = provenance.terms(snapshots, row, method, bn, options, dtype)
         terms["companions"] = outgoing.companion_digests(target, snapshots)
         if path is not None:
-            if not force and (done := provenance.up_to_date(path, result, terms, digests)):
+            if not force and (
+                done := provenance.up_to_date(path, result, terms, snapshots, digests)
+            ):
                 if strict and done.warnings:
                     raise CheckFailedError(f"--strict: {done.warnings[0]}")
                 return done
@@ -164,6 +163,7 @@ def _measured_before(
     name: str,
     comparison: Path,
     target: outgoing.Output,
+    digests: provenance.Digests,
     *,
     strict: bool,
     command: Sequence[str],
@@ -191,17 +191,18 @@ def _measured_before(
     terms = provenance.terms(taken.snapshots, row, name, policy, ModelOptions(), target.dtype)
     terms["comparison"] = provenance.file_digest(comparison)
     terms["companions"] = outgoing.companion_digests(target, taken.snapshots)
-    with provenance.Digests(taken.snapshots) as digests:
-        if path is not None:
-            if not target.force and (done := provenance.up_to_date(path, result, terms, digests)):
-                return done
-            outgoing.check(target, taken.snapshots)
-        if target.dry_run or rank() != 0:
-            shown = None if path is None else str(path)
-            return replace(result, output=shown, warnings=tuple(warnings))
-        dtype = target.dtype
-        weights = _Weights(taken.snapshots, row, measured, warnings, dtype=dtype, strict=strict)
-        return _written(result, weights, target, terms, digests, command)
+    if path is not None:
+        if not target.force and (
+            done := provenance.up_to_date(path, result, terms, taken.snapshots, digests)
+        ):
+            return done
+        outgoing.check(target, taken.snapshots)
+    if target.dry_run or rank() != 0:
+        shown = None if path is None else str(path)
+        return replace(result, output=shown, warnings=tuple(warnings))
+    dtype = target.dtype
+    weights = _Weights(taken.snapshots, row, measured, warnings, dtype=dtype, strict=strict)
+    return _written(result, weights, target, terms, digests, command)
 
 
 def _written(
@@ -231,7 +232,7 @@ def _written(
             warnings=tuple(weights.warnings),
             cosines=weights.similarity.cosines,
         )
-        request = {"inputs": digests.value(), **terms}
+        request = {"inputs": digests.of(snapshots), **terms}
         return provenance.manifest(done, snapshots, weights.row, weights.policy, command, request)
 
     content = outgoing.content(
@@ -248,7 +249,7 @@ def _written(
             force=target.force,
             shard_bytes=target.shard_bytes,
             request=provenance.digest(
-                [terms, digests.fingerprints(), target.shard_bytes, path.name]
+                [terms, provenance.fingerprints(snapshots), target.shard_bytes, path.name]
             ),
         )
     else:

@@ -21,7 +21,7 @@ from ensemblekit.candidates import BatchNorm, Candidate, Row
 from ensemblekit.commands.result import AverageResult, Evaluation
 from ensemblekit.files import Source, sha256
 from ensemblekit.options import ModelOptions
-from ensemblekit.snapshots import SnapshotSet
+from ensemblekit.snapshots import Snapshot, SnapshotSet
 
 
 def metadata(snapshots: SnapshotSet, result: AverageResult) -> dict[str, str]:
@@ -61,17 +61,12 @@ def manifest(
 
 
 class Digests:
-    """SHA-256 of all inputs, made beside other work: leaving the context stops what is left.
+    """SHA-256 of inputs, made beside other work: leaving the context stops what is left."""
 
-    Args:
-        snapshots: Whose files.
-    """
-
-    def __init__(self, snapshots: SnapshotSet) -> None:
-        self.sources = [source for s in snapshots.snapshots for source in s.sources]
+    def __init__(self) -> None:
         self._stop = threading.Event()
         self._pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
-        self._futures: list[Future[str]] = []
+        self._futures: dict[Source, Future[str]] = {}
 
     def __enter__(self) -> "Digests":
         return self
@@ -80,31 +75,34 @@ class Digests:
         self._stop.set()
         self._pool.shutdown(cancel_futures=True)
 
-    def start(self) -> None:
-        """Begin, if that has not happened yet."""
-        if not self._futures:
-            submit = self._pool.submit
-            self._futures = [submit(sha256, s, self._stop.is_set) for s in self.sources]
+    def start(self, snapshot: Snapshot) -> None:
+        """Begin with the files of a snapshot, if that has not happened yet."""
+        for source in snapshot.sources:
+            if source not in self._futures:
+                self._futures[source] = self._pool.submit(sha256, source, self._stop.is_set)
 
-    def value(self) -> list[dict[str, str]]:
+    def of(self, snapshots: SnapshotSet) -> list[dict[str, str]]:
         """The file and digest of each input; waits for the last one."""
-        self.start()
+        for snapshot in snapshots.snapshots:
+            self.start(snapshot)
         return [
-            {"file": str(source.path), "sha256": future.result()}
-            for source, future in zip(self.sources, self._futures, strict=True)
+            {"file": str(source.path), "sha256": self._futures[source].result()}
+            for snapshot in snapshots.snapshots
+            for source in snapshot.sources
         ]
 
-    def fingerprints(self) -> list[list[Any]]:
-        """What tells without reading that the inputs are the same as before, most likely."""
-        return [[str(s.path), *s.fingerprint] for s in self.sources]
+
+def fingerprints(snapshots: SnapshotSet) -> list[list[Any]]:
+    """What tells without reading that the inputs are the same as before, most likely."""
+    return [[str(s.path), *s.fingerprint] for snap in snapshots.snapshots for s in snap.sources]
 
 
 def request(
     snapshots: SnapshotSet, row: Row, method: str, bn: str, options: ModelOptions
 ) -> dict[str, Any]:
     """What determines the output: the same request over the same inputs gives the same file."""
-    with Digests(snapshots) as digests:
-        return {"inputs": digests.value(), **terms(snapshots, row, method, bn, options)}
+    with Digests() as digests:
+        return {"inputs": digests.of(snapshots), **terms(snapshots, row, method, bn, options)}
 
 
 def terms(
@@ -138,7 +136,11 @@ def file_digest(path: Path) -> str:
 
 
 def up_to_date(
-    path: Path, result: AverageResult, terms: dict[str, Any], digests: Digests
+    path: Path,
+    result: AverageResult,
+    terms: dict[str, Any],
+    snapshots: SnapshotSet,
+    digests: Digests,
 ) -> AverageResult | None:
     """The result of the earlier identical command, if its output is still there and whole."""
     earlier = writers.read_manifest(path)
@@ -146,7 +148,7 @@ def up_to_date(
         return None
     before = dict(earlier["request"])
     inputs = before.pop("inputs", None)
-    if before != terms or inputs != digests.value():
+    if before != terms or inputs != digests.of(snapshots):
         return None
     if path.is_dir() != writers.is_folder(path) or earlier.get("sha256") != writers.digest(path):
         return None

@@ -99,11 +99,11 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self) -> Any:
-        steps = _OPCODES
+        steps, data, end, stack = _OPCODES, self.data, len(self.data), self.stack
         for _ in range(MAX_OPCODES):
-            if self.place >= len(self.data):
+            if self.place >= end:
                 raise self.too_early("it ends without STOP")
-            code = self.data[self.place]
+            code = data[self.place]
             self.place += 1
             step = steps.get(code)
             if step is None:
@@ -111,7 +111,7 @@ class _Machine:
                     return self.finish()
                 raise self.damaged(f"opcode 0x{code:02x} is not one that checkpoints use")
             step(self)
-            if len(self.stack) > MAX_STACK:
+            if len(stack) > MAX_STACK:
                 raise self.damaged(f"more than {MAX_STACK} values on the stack")
         raise self.damaged(f"more than {MAX_OPCODES} opcodes")
 
@@ -130,8 +130,12 @@ class _Machine:
         self.place += n
         return chunk
 
-    def number(self, form: str) -> int:
-        return int(struct.unpack(form, self.take(struct.calcsize(form)))[0])
+    def number(self, form: struct.Struct) -> Any:
+        start, self.place = self.place, self.place + form.size
+        if self.place > len(self.data):
+            self.place = start
+            raise self.too_early(f"a value of {form.size} bytes runs past the end")
+        return form.unpack_from(self.data, start)[0]
 
     def line(self) -> str:
         stop = self.data.find(b"\n", self.place)
@@ -153,9 +157,9 @@ class _Machine:
         return value
 
     def peek(self) -> Any:
-        value = self.pop()
-        self.push(value)
-        return value
+        if self.stack and self.stack[-1] is not _MARK:
+            return self.stack[-1]
+        return self.pop()  # which says what is wrong
 
     def pop_to_mark(self) -> list[Any]:
         for i in range(len(self.stack) - 1, -1, -1):
@@ -312,18 +316,19 @@ def _call_name(function: Any) -> str:
 # --- opcodes: what each takes from the stream and does to the stack
 
 _Step = Callable[[_Machine], None]
+_U8, _U16, _U32, _U64 = map(struct.Struct, ("<B", "<H", "<I", "<Q"))
+_I32, _DOUBLE = map(struct.Struct, ("<i", ">d"))
 
 
 def _constant(value: Any) -> _Step:
-    return lambda m: m.push(value)
+    return lambda m: m.stack.append(value)
 
 
-def _fixed(form: str) -> _Step:
-    size = struct.calcsize(form)
-    return lambda m: m.push(struct.unpack(form, m.take(size))[0])
+def _fixed(form: struct.Struct) -> _Step:
+    return lambda m: m.stack.append(m.number(form))
 
 
-def _counted(form: str, convert: Callable[[bytes], Any]) -> _Step:
+def _counted(form: struct.Struct, convert: Callable[[bytes], Any]) -> _Step:
     def step(m: _Machine) -> None:
         chunk = m.take(m.number(form))
         try:
@@ -446,12 +451,12 @@ def _setitem(m: _Machine) -> None:
 
 
 def _frame(m: _Machine) -> None:
-    if m.number("<Q") > len(m.data) - m.place:
+    if m.number(_U64) > len(m.data) - m.place:
         raise m.damaged("a frame runs past the end")
 
 
 def _proto(m: _Machine) -> None:
-    version = m.number("<B")
+    version = m.number(_U8)
     if version > 5:
         raise m.damaged(f"protocol {version}")
 
@@ -473,24 +478,24 @@ _OPCODES: dict[int, _Step] = {
     ord("I"): _text(_text_int),
     ord("L"): _text(lambda t: int(t.removesuffix("L"))),
     ord("F"): _text(float),
-    ord("J"): _fixed("<i"),
-    ord("K"): _fixed("<B"),
-    ord("M"): _fixed("<H"),
-    ord("G"): _fixed(">d"),
-    0x8A: _counted("<B", _signed),
-    0x8B: _counted("<i", _signed),
+    ord("J"): _fixed(_I32),
+    ord("K"): _fixed(_U8),
+    ord("M"): _fixed(_U16),
+    ord("G"): _fixed(_DOUBLE),
+    0x8A: _counted(_U8, _signed),
+    0x8B: _counted(_I32, _signed),
     # texts and bytes
     ord("S"): _text(_quoted),
     ord("V"): _text(lambda t: t.encode("latin1").decode("raw_unicode_escape", "replace")),
-    ord("T"): _counted("<i", _latin),
-    ord("U"): _counted("<B", _latin),
-    ord("X"): _counted("<I", _unicode),
-    0x8C: _counted("<B", _unicode),
-    0x8D: _counted("<Q", _unicode),
-    ord("B"): _counted("<I", bytes),
-    ord("C"): _counted("<B", bytes),
-    0x8E: _counted("<Q", bytes),
-    0x96: _counted("<Q", bytes),
+    ord("T"): _counted(_I32, _latin),
+    ord("U"): _counted(_U8, _latin),
+    ord("X"): _counted(_U32, _unicode),
+    0x8C: _counted(_U8, _unicode),
+    0x8D: _counted(_U64, _unicode),
+    ord("B"): _counted(_U32, bytes),
+    ord("C"): _counted(_U8, bytes),
+    0x8E: _counted(_U64, bytes),
+    0x96: _counted(_U64, bytes),
     # collections
     ord("]"): lambda m: m.push([]),
     ord("}"): lambda m: m.push({}),
@@ -510,12 +515,12 @@ _OPCODES: dict[int, _Step] = {
     0x91: lambda m: m.push(Inert("builtins.frozenset", (), None, m.pop_to_mark())),
     # memo
     ord("p"): lambda m: m.remember(_memo_key(m)),
-    ord("q"): lambda m: m.remember(m.number("<B")),
-    ord("r"): lambda m: m.remember(m.number("<I")),
+    ord("q"): lambda m: m.remember(m.number(_U8)),
+    ord("r"): lambda m: m.remember(m.number(_U32)),
     0x94: lambda m: m.remember(len(m.memo)),
     ord("g"): lambda m: m.recall(_memo_key(m)),
-    ord("h"): lambda m: m.recall(m.number("<B")),
-    ord("j"): lambda m: m.recall(m.number("<I")),
+    ord("h"): lambda m: m.recall(m.number(_U8)),
+    ord("j"): lambda m: m.recall(m.number(_U32)),
     # names and objects
     ord("c"): _global_lines,
     0x93: _stack_global,

@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
-from ensemblekit import average, containers
+from ensemblekit import average, blocks, containers
 from ensemblekit.containers import Piece, TensorSpec
 from ensemblekit.containers import dcp as reader
 from ensemblekit.dtypes import DTYPES
@@ -149,6 +149,16 @@ def test_average_of_sharded_checkpoints(written: Path, tmp_path: Path) -> None:
     found = safetensors.torch.load_file(out)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_tensors_in_pieces_are_not_read_whole(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(spec: Any) -> None:
+        raise AssertionError(f"read whole: {spec}")
+
+    monkeypatch.setattr(blocks, "read_array", refused)
+    average(written / "run", tmp_path / "averaged.safetensors", bn="average")
 
 
 def test_what_one_rank_wrote_is_no_checkpoint(written: Path) -> None:

@@ -77,6 +77,8 @@ ABOVE = [
     "averaging.learned_soup",
     "families",
     "mixing",
+    "bfloat16",
+    "pieces",
     "blocks",
     "state",
     "distances",

@@ -1,0 +1,90 @@
+"""Owns plain means of bfloat16 values in float32, where they are what float64 gives.
+
+Input: blocks from `blocks`. With float64 most of the time goes into widening.
+
+Legend of shapes: K snapshots, N values, H pairs of values, B bytes.
+"""
+
+from math import ceil, log2
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ensemblekit.dtypes import DTYPES, narrow
+from ensemblekit.mixing import Bytes, NotRegular, Scratch
+
+KIND = DTYPES["bfloat16"].numpy
+_MOST_SNAPSHOTS = 64
+_HUGE = 0x7180  # bits of 2^100: the sum of such values could leave float32
+_MOST_DOUBTS = 32  # when one element in so many is summed twice, float64 alone is quicker
+
+
+def mean(block_KB: Bytes, scratch: Scratch) -> Bytes:
+    """The mean of K snapshots, to the bit the one that `mixing` makes in float64.
+
+    A bfloat16 has 8 digits. K of them whose exponents differ by g at most have a sum of less than
+    8 + g + log2(K) digits; up to 23, float32 holds it exactly, with one digit to spare: so the
+    quotient lies on the same side of every tie between two bfloat16 as the true mean does, and is a
+    tie only where that is one. Elements with farther exponents are summed again in float64.
+
+    Args:
+        block_KB: K rows of bytes.
+        scratch: Holds the result until the next call.
+
+    Raises:
+        NotRegular: Nothing was done: NaN, Inf, very large values, too many doubts or snapshots, or
+            an odd number of values.
+    """
+    count = len(block_KB)
+    if block_KB.shape[1] % 4 or count > _MOST_SNAPSHOTS:
+        raise NotRegular
+    pairs_KH = block_KB.view(np.uint32)  # of two values each; the first one is the lower half
+    doubtful = _doubtful(pairs_KH, 15 - ceil(log2(count)), scratch)
+    wide_KH = scratch.array("wide", pairs_KH.shape, np.uint32)
+    lower_H = scratch.array("lower", pairs_KH.shape[1:], np.uint32)
+    upper_H = scratch.array("upper", pairs_KH.shape[1:], np.uint32)
+    _rounded_mean(np.left_shift(pairs_KH, 16, out=wide_KH), lower_H, scratch)
+    _rounded_mean(np.bitwise_and(pairs_KH, 0xFFFF0000, out=wide_KH), upper_H, scratch)
+    lower_H >>= 16
+    upper_H &= 0xFFFF0000
+    upper_H |= lower_H
+    result_N = upper_H.view(np.uint16)
+    if doubtful.size:
+        values_KN = block_KB.view(KIND)[:, doubtful].astype(np.float64)
+        total_N = np.add.reduce(values_KN, axis=0)
+        result_N[doubtful] = narrow(total_N / count, KIND).view(np.uint16)
+    return result_N.view(np.uint8)
+
+
+def _doubtful(
+    pairs_KH: npt.NDArray[np.uint32], widest: int, scratch: Scratch
+) -> npt.NDArray[np.intp]:
+    """Elements whose exponents differ by more than `widest` from snapshot to snapshot."""
+    sizes_KH = scratch.array("wide", pairs_KH.shape, np.uint32)
+    np.bitwise_and(pairs_KH, 0x7FFF7FFF, out=sizes_KH)
+    sizes_KN = sizes_KH.view(np.uint16)  # in the order of the values' sizes
+    size = sizes_KN.shape[1:]
+    largest_N = np.maximum.reduce(sizes_KN, axis=0, out=scratch.array("largest", size, np.uint16))
+    if largest_N.max() >= _HUGE:
+        raise NotRegular
+    least_N = np.minimum.reduce(sizes_KN, axis=0, out=scratch.array("least", size, np.uint16))
+    largest_N -= least_N  # 128 a step of the exponent
+    found = np.flatnonzero(largest_N > 128 * widest)
+    if found.size * _MOST_DOUBTS > largest_N.size:
+        raise NotRegular
+    return found
+
+
+def _rounded_mean(
+    wide_KH: npt.NDArray[np.uint32], result_H: npt.NDArray[np.uint32], scratch: Scratch
+) -> None:
+    """Bits of the mean; the upper half is what bfloat16 keeps after rounding to nearest, even."""
+    mean_H: npt.NDArray[Any] = result_H.view(np.float32)
+    np.add.reduce(wide_KH.view(np.float32), axis=0, out=mean_H, initial=-0.0)  # leaves -0.0 as is
+    mean_H /= np.float32(len(wide_KH))
+    odd_H = scratch.array("odd", result_H.shape, np.uint32)
+    np.right_shift(result_H, 16, out=odd_H)
+    odd_H &= 1
+    odd_H += 0x7FFF
+    result_H += odd_H
