@@ -189,6 +189,10 @@ class Contest:
             self._pools[0] = tuple(dict.fromkeys((*self._pools[0], *members)))
             self._read.clear()
 
+    def holds(self, member: Member) -> bool:
+        """Whether the member's predictions are among those of the fixed candidates."""
+        return member in self._pools[0]
+
     # ----------------------------------------------------------- from predictions, process 0
 
     def predictions(self, view: View, pool: int = 0) -> Predictions:
@@ -275,10 +279,10 @@ class _Objective:
         bench, view = contest.bench, contest.choosing
         member = Member(row, "none" if row.only is not None else contest.mixed_bn)
         found = None
-        if member not in contest._pools[0]:
+        if not contest.holds(member):
             bench.predict([member], [view.split])
         if bench.world.rank == 0:
-            if member in contest._pools[0]:
+            if contest.holds(member):
                 candidate = Candidate("trial", (row,), (member.batch_norm,))
                 scores = contest.scores([candidate], view)["trial"]
             else:

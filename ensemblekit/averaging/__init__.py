@@ -47,6 +47,8 @@ RULES: dict[str, str] = {
 
 ORDERLESS = ("uniform", "greedy-soup")  # which snapshot came first is nothing to them
 
+CHOSEN_ON_DATA = ("greedy-soup",)  # labels took part in their rows
+
 
 @dataclass(frozen=True)
 class Option:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shlex
 import sys
 from typing import TYPE_CHECKING, Any
@@ -101,6 +102,8 @@ def command(
     --train-data BatchNorm statistics are recomputed, with --val-data or --test-data the members
     and the average are evaluated.
     """
+    if rest["model"] is None:  # numpy's BLAS, which nothing here uses, would start its threads
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from ensemblekit.commands.average import average
     from ensemblekit.distributed import rank
     from ensemblekit.options import ModelOptions

@@ -52,6 +52,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
 }
 
+_COMPLETE = "_ENSEMBLEKIT_COMPLETE"  # set by a shell that wants completions, or their script
+_COMPLETIONS = [
+    f"{shell}_{what}" for shell in ("bash", "zsh", "fish") for what in ("source", "complete")
+]
 _ISSUES = "https://github.com/ensemblekit/ensemblekit/issues"
 
 
@@ -158,6 +162,8 @@ def run(argv: list[str]) -> int:
         signal.signal(signal.SIGINT, _Interrupts.note)
     _Interrupts.seen = False
     try:
+        if asked := os.environ.get(_COMPLETE):
+            one_of(asked, _COMPLETIONS, what=_COMPLETE)
         result = cli.main(args=argv, prog_name="ensemblekit", standalone_mode=False)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0

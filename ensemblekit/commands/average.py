@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ensemblekit import averaging, writers
-from ensemblekit.candidates import Row
+from ensemblekit.candidates import Candidate, Row
 from ensemblekit.commands import outgoing, provenance
 from ensemblekit.commands.bn_plan import BN_POLICIES, BnPlan, plan_bn
 from ensemblekit.commands.result import AverageResult, Measured
@@ -137,6 +137,8 @@ def average(
             result, batch_norm=_bn_json(plan, measured), evaluation=tuple(measured.evaluation)
         )
         weights = _Weights(snapshots, row, measured, warnings, dtype=dtype, strict=strict)
+        if method in averaging.CHOSEN_ON_DATA:
+            weights.chosen_on = "val"
         return _written(result, weights, target, terms, digests, command)
 
 
@@ -202,6 +204,7 @@ def _measured_before(
         return replace(result, output=shown, warnings=tuple(warnings))
     dtype = target.dtype
     weights = _Weights(taken.snapshots, row, measured, warnings, dtype=dtype, strict=strict)
+    weights.chosen_on = taken.candidate.chosen_on
     return _written(result, weights, target, terms, digests, command)
 
 
@@ -233,7 +236,10 @@ def _written(
             cosines=weights.similarity.cosines,
         )
         request = {"inputs": digests.of(snapshots), **terms}
-        return provenance.manifest(done, snapshots, weights.row, weights.policy, command, request)
+        candidate = Candidate(
+            "average", (weights.row,), (weights.policy,), chosen_on=weights.chosen_on
+        )
+        return provenance.manifest(done, snapshots, candidate, command, request)
 
     content = outgoing.content(
         target, snapshots, provenance.metadata(snapshots, result), weights.warnings
@@ -310,6 +316,7 @@ class _Weights:
         self.warnings = warnings
         self.dtype = dtype
         self.strict = strict
+        self.chosen_on: str | None = None
         self.similarity = Similarity(())
         self.moments: dict[str, Moments] = {}
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from ensemblekit.commands.report_folder import read_comparison
@@ -46,7 +47,11 @@ def prepare(folder: Path, *, force: bool) -> None:
     if read_comparison(folder / "comparison") is not None:
         shutil.rmtree(folder / "comparison")
     for name in _FILES:
-        shutil.copyfile(_SOURCES / name, folder / name)
+        ours, theirs = _SOURCES / name, folder / name
+        if theirs.exists() and theirs.read_bytes() != ours.read_bytes():
+            kept = (theirs.with_name(f"{name}.edited-{n}") for n in count(1))
+            theirs.rename(next(path for path in kept if not path.exists()))  # it is someone's work
+        shutil.copyfile(ours, theirs)
 
 
 def steps(seed: int) -> list[Step]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ensemblekit import __version__, writers
-from ensemblekit.candidates import BatchNorm, Candidate, Row
+from ensemblekit.candidates import Candidate, Row
 from ensemblekit.commands.result import AverageResult, Evaluation
 from ensemblekit.files import Source, sha256
 from ensemblekit.options import ModelOptions
@@ -44,15 +44,14 @@ def metadata(snapshots: SnapshotSet, result: AverageResult) -> dict[str, str]:
 def manifest(
     result: AverageResult,
     snapshots: SnapshotSet,
-    row: Row,
-    policy: BatchNorm,
+    candidate: Candidate,
     command: Sequence[str],
     request: dict[str, Any],
 ) -> dict[str, Any]:
     """Everything that is needed to know, or to make, the output again."""
     return {
         **result.to_json(),
-        "candidate": Candidate("average", (row,), (policy,)).to_json(),
+        "candidate": candidate.to_json(),
         "ordered_by": snapshots.ordered_by,
         "versions": {"ensemblekit": __version__, "numpy": np.__version__},
         "command": list(command),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,6 +106,17 @@ def test_flags(tmp_path: Path, flags: list[str], name: str, weights: list[float]
     for key, values in found.items():
         expected = sum(w * a[key].astype(np.float64) for w, a in zip(weights, arrays, strict=True))
         np.testing.assert_allclose(values, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name, split", [("greedy-soup", "val"), ("uniform", None)])
+def test_the_manifest_says_what_a_rule_was_chosen_on(
+    work: Path, tmp_path: Path, name: str, split: str | None
+) -> None:
+    out = tmp_path / "out.safetensors"
+    with inside(work), contextlib.redirect_stdout(io.StringIO()):
+        line = ["average", "ckpts", "--method", name, *FLAGS[name], "-o", str(out)]
+        assert main.run(line) == 0
+    assert json.loads(Path(f"{out}.json").read_text())["candidate"]["chosen_on"] == split
 
 
 WRONG: dict[str, tuple[list[str], int, str, str]] = {

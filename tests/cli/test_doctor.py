@@ -111,6 +111,12 @@ def test_source(tmp_path: Path, shell: str) -> None:
     assert f"_ENSEMBLEKIT_COMPLETE={shell}_complete" in done.stdout
 
 
+def test_an_unknown_shell(tmp_path: Path) -> None:
+    done = run(cwd=tmp_path, env={"_ENSEMBLEKIT_COMPLETE": "bahs_source"})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "bash_source" in done.stderr
+
+
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
 def test_in_a_real_bash(tmp_path: Path) -> None:
     """The function that the script defines, called as bash calls it."""
