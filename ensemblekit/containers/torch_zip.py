@@ -22,6 +22,7 @@ _LOCATOR_MAGIC, _END64_MAGIC, _DESCRIPTOR_MAGIC = 0x07064B50, 0x06064B50, 0x0807
 _MAX_DIRECTORY = 256 << 20
 _MAX_PICKLE = 256 << 20
 _EXPORTED = ("/archive_format", "serialized_exported_program.json")
+_AHEAD = 512  # bytes
 _HINT = "copy it again, or leave it out with --exclude"
 
 
@@ -197,14 +198,15 @@ def _zip64(
 def _located(source: Readable, entries: list[tuple[Record, int, int]], stop: int) -> list[Record]:
     """Records with the place of their data; local headers must agree and leave no gaps."""
     found: list[Record] = []
+    near = _Near(source)
     place = 0
     for record, header, flags in entries:
         if header != place:
             what = "overlaps the one before" if header < place else f"lies behind a gap at {place}"
             raise _damaged(source, f"record '{record.name}' {what}")
-        local = _LOCAL.unpack(source.read(header, _LOCAL.size))
+        local = _LOCAL.unpack(near.read(header, _LOCAL.size))
         magic, _, local_flags, method, _, _, crc, packed, size, n_name, n_extra = local
-        name = source.read(header + _LOCAL.size, n_name)
+        name = near.read(header + _LOCAL.size, n_name)
         if magic != _LOCAL_MAGIC or name != record.name.encode() or method or local_flags != flags:
             raise _damaged(source, f"record '{record.name}' differs from its own header")
         streamed = bool(flags & 0x8)
@@ -216,22 +218,39 @@ def _located(source: Readable, entries: list[tuple[Record, int, int]], stop: int
         if place > stop:
             raise _damaged(source, f"record '{record.name}' runs into the directory")
         if streamed:
-            place = _descriptor_end(source, record, place)
+            place = _descriptor_end(source, near, record, place)
         found.append(record._replace(start=start))
     if place != stop:
         raise _damaged(source, f"{stop - place} bytes lie between the records and the directory")
     return found
 
 
-def _descriptor_end(source: Readable, record: Record, place: int) -> int:
+class _Near:
+    """Reads small parts of a file: the end of a record, and what stands before the next one."""
+
+    def __init__(self, source: Readable) -> None:
+        self._source = source
+        self._start = 0
+        self._data = b""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """As `Source.read`; several such parts are one access to the file."""
+        at = offset - self._start
+        if at < 0 or at + length > len(self._data):
+            ahead = max(length, min(_AHEAD, self._source.size - offset))
+            self._start, at, self._data = offset, 0, self._source.read(offset, ahead)
+        return self._data[at : at + length]
+
+
+def _descriptor_end(source: Readable, near: _Near, record: Record, place: int) -> int:
     """End of the data descriptor behind a record: magic, CRC and two sizes of 4 or 8 bytes."""
-    head = source.read(place, 16)
+    head = near.read(place, 16)
     magic, crc, packed, size = struct.unpack("<IIII", head)
     if (magic, crc) != (_DESCRIPTOR_MAGIC, record.crc32):
         raise _damaged(source, f"record '{record.name}' has a wrong data descriptor")
     if packed == size == record.nbytes:
         return place + 16
-    if struct.unpack("<QQ", source.read(place + 8, 16)) == (record.nbytes, record.nbytes):
+    if struct.unpack("<QQ", near.read(place + 8, 16)) == (record.nbytes, record.nbytes):
         return place + 24
     raise _damaged(source, f"record '{record.name}' has a wrong data descriptor")
 
