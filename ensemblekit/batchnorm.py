@@ -238,9 +238,13 @@ class _Passes:
             InputError: There are no data.
         """
         found: dict[str, int] = {}
-        batch = next(iter(self.batches()), None)
+        # only process 0 looks: its batch is the first, others may have none
+        batch = next(iter(self.batches()), None) if self.world.rank == 0 else None
         if batch is None:
-            raise InputError("the data are empty: no batch came out of them")
+            found = self.world.from_first(found)
+            if not found:
+                raise InputError("the data are empty: no batch came out of them")
+            return found
 
         def note(name: str) -> Callable[..., None]:
             return lambda *_: found.update({name: found.get(name, 0) + 1})
@@ -251,7 +255,7 @@ class _Passes:
         finally:
             for handle in handles:
                 handle.remove()
-        return found
+        return self.world.from_first(found)
 
 
 def _one_by_one(
@@ -264,6 +268,8 @@ def _one_by_one(
         seen = run.over_all(alone, stop=uses == 1)
         for model, own, pool, new in zip(models, layers, pools, seen, strict=True):
             _write(model, own, new)
+            for done in new:
+                own[done].training = False  # from here on it normalises by what is finished
             pool.update(new)
     return pools
 
@@ -342,7 +348,8 @@ def _watched(layers: dict[str, nn.Module], pools: dict[str, Pool], *, stop: bool
             def see(
                 module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name
             ) -> None:
-                seen = statistics_of(name, module, args[0] if args else kwargs["input"])
+                x = args[0] if args else kwargs["input"]
+                seen = statistics_of(name, module, x, least=1 if stop else 2)
                 if not module.training:  # it normalises the batch by these: no second look at it
                     _put(module, seen)
                 if name in pools:

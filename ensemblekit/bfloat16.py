@@ -52,7 +52,9 @@ def mean(block_KB: Bytes, scratch: Scratch) -> Bytes:
     result_N = upper_H.view(np.uint16)
     if doubtful.size:
         values_KN = block_KB.view(KIND)[:, doubtful].astype(np.float64)
-        total_N = np.add.reduce(values_KN, axis=0)
+        total_N = np.full(doubtful.size, -0.0)
+        for values_N in values_KN:
+            total_N += values_N
         result_N[doubtful] = narrow(total_N / count, KIND).view(np.uint16)
     return result_N.view(np.uint8)
 

@@ -47,7 +47,7 @@ class TensorBlocks:
         """(byte offset, array of K rows of bytes); the array is reused."""
         spec = self.specs[0]
         itemsize = spec.type.itemsize
-        count = max(256, _BLOCK_VALUES // len(self.specs))
+        count = max(256, _BLOCK_VALUES // len(self.specs)) & ~1  # `bfloat16` looks at pairs
         step = min(count * itemsize, spec.nbytes)
         buffer = self.scratch.array("block", (len(self.specs), step), np.uint8)
         sums = [0] * len(self.specs)

@@ -3,11 +3,13 @@
 Input: a `SnapshotSet`; every parameter is read once.
 """
 
+import glob
 from dataclasses import dataclass
 
 import numpy as np
 
 from ensemblekit.blocks import TensorBlocks
+from ensemblekit.errors import NotFiniteError
 from ensemblekit.snapshots import SnapshotSet
 
 
@@ -31,17 +33,26 @@ def distances(snapshots: SnapshotSet) -> list[Distance]:
 
     Raises:
         DamagedError: A checksum does not match.
+        NotFiniteError: NaN or Inf in a snapshot.
     """
+    tied = {key for group in snapshots.ties for key in group[1:]}
     count = len(snapshots)
     squares_K, to_mean_K = np.zeros(count), np.zeros(count)
     products, steps = np.zeros(max(count - 1, 0)), np.zeros(max(count - 1, 0))
     for key, spec in snapshots.first.tensors.items():
         if spec.type.kind not in ("float", "complex") or spec.size == 0:
             continue
-        if key.endswith(("running_mean", "running_var")):
+        if key.endswith(("running_mean", "running_var")) or key in tied:
             continue
         for _, block_KB in TensorBlocks(key, snapshots.snapshots):
             values_KN = block_KB.view(spec.type.real).astype(np.float64)
+            finite_K = np.isfinite(values_KN).all(axis=1)
+            if not finite_K.all():
+                bad = snapshots.snapshots[int(np.argmin(finite_K))]
+                raise NotFiniteError(
+                    f"{bad.path}: '{key}' contains NaN or Inf; it has no distance to anything",
+                    hint=f"leave it out: --exclude '{glob.escape(bad.name)}'",
+                )
             squares_K += np.einsum("kn,kn->k", values_KN, values_KN)
             off_KN = values_KN - values_KN.mean(axis=0)
             to_mean_K += np.einsum("kn,kn->k", off_KN, off_KN)

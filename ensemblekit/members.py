@@ -231,7 +231,7 @@ class Builder:
                 )
             values[by_key[own]] = rounded
         told = list(notes)
-        if self.options.batch_size < SMALL_BATCH:
+        if self.options.batch_size < SMALL_BATCH and not self.options.bn_layerwise:
             told.append(
                 f"BatchNorm was recomputed in batches of {self.options.batch_size}: deeper layers "
                 f"see batch-normalised inputs, so {SMALL_BATCH} or more samples give better "

@@ -31,11 +31,24 @@ _SINGLE = np.dtype(np.float32)
 
 @dataclass
 class Moments:
-    """Of one tensor: squared norms of the snapshots, their products with the first row's mean."""
+    """Of one tensor: squared norms of the snapshots, their products with the first row's mean.
+
+    Attributes:
+        squares_K: Of each snapshot, the sum of squares.
+        products_K: Of each snapshot, the sum of products with the mean.
+        square: The sum of squares of the mean.
+        values: How many values these are sums over.
+    """
 
     squares_K: npt.NDArray[np.float64]
     products_K: npt.NDArray[np.float64]
     square: float = 0.0
+    values: int = 0
+
+    def scaled(self, values: int) -> "Moments":
+        """As if all `values` of the tensor had been seen, and not only some blocks of it."""
+        more = values / self.values if self.values else 1.0
+        return Moments(self.squares_K * more, self.products_K * more, self.square * more, values)
 
     @classmethod
     def none(cls, count: int) -> "Moments":
@@ -126,7 +139,7 @@ def quick(
             result = block_KB[only] if target is None else _narrowed(mean_N, target.real)
         else:
             mean_N = _mean(wide_KN, row, scratch)
-            if m == 0 and moments is None and not np.isfinite(mean_N).all():
+            if not np.isfinite(mean_N).all():
                 raise NotRegular
             kind = real if target is None else target.real
             result = _rounded(mean_N, kind, scratch, f"result {m}")
@@ -134,6 +147,7 @@ def quick(
         if m == 0 and moments is not None:
             if mean_N.dtype != seen_KN.dtype:
                 mean_N = _cast(mean_N, seen_KN.dtype, scratch)
+            moments.values += mean_N.size
             moments.squares_K += squares_K
             moments.products_K += np.einsum("kn,n->k", seen_KN, mean_N)
             moments.square += float(np.einsum("n,n->", mean_N, mean_N))
@@ -233,6 +247,7 @@ def careful(
         if target is not None:
             result = _narrowed(mixed_N, target.real)
         if m == 0:
+            moments.values += mixed_N.size
             with np.errstate(invalid="ignore", over="ignore"):
                 moments.squares_K += np.einsum("kn,kn->k", values_KN, values_KN)
                 moments.products_K += np.einsum("kn,n->k", values_KN, mixed_N)

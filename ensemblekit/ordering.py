@@ -66,7 +66,19 @@ def with_numbers(snapshots: list[Snapshot]) -> list[Snapshot]:
             own[i] = numbers_in(folder.absolute().name)
     while len(own) > 1 and all(len(n) > 1 for n in own) and len({n[0] for n in own}) == 1:
         own = [numbers[1:] for numbers in own]
+    finest = _finest({numbers for numbers in own if numbers})
+    own = [numbers if finest is None else numbers[finest : finest + 1] for numbers in own]
     return [replace(s, numbers=numbers) for s, numbers in zip(snapshots, own, strict=True)]
+
+
+def _finest(numbers: set[tuple[int, ...]]) -> int | None:
+    """Which number of each name tells the order alone: the step where several are of one epoch."""
+    lengths = {len(n) for n in numbers}
+    if len(lengths) != 1 or lengths == {1}:
+        return None
+    columns = zip(*sorted(numbers), strict=True)
+    telling = [at for at, column in enumerate(columns) if all(a < b for a, b in pairwise(column))]
+    return telling[0] if telling else None
 
 
 def numbers_in(text: str) -> tuple[int, ...]:
@@ -103,10 +115,16 @@ def order_warnings(snapshots: list[Snapshot], ordered_by: str) -> list[str]:
             f"no {ordered_by} is known of {listing(silent)}; sorted by name: last ones last, "
             "others first"
         )
-    places = Counter(position(s, ordered_by) for s in snapshots)
-    if twice := [s.name for s in snapshots if places[position(s, ordered_by)] > 1 and not silent]:
+    averages = all(s.role == "ema" for s in snapshots)  # of several widths, perhaps
+    places = Counter(_place(s, ordered_by) for s in snapshots)
+    twice = [s.name for s in snapshots if places[_place(s, ordered_by)] > 1]
+    if twice and not silent and not averages:
         found.append(f"different weights state the same {ordered_by}: {listing(twice)}")
     return found
+
+
+def _place(snapshot: Snapshot, ordered_by: str) -> Any:
+    return snapshot.numbers if ordered_by == "number" else position(snapshot, ordered_by)
 
 
 def _epochs_contradict_steps(snapshots: list[Snapshot]) -> bool:

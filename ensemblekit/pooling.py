@@ -15,6 +15,7 @@ from ensemblekit.errors import InputError, NotFiniteError
 
 _CHUNK = 1 << 18  # values that are widened at a time: they stay in the cache
 _DROWNED = 1e4  # squared mean over variance beyond which sums of squares lose digits
+_HALF_DROWNED = 1e2  # the same, of sums in float32
 
 
 @dataclass
@@ -42,25 +43,25 @@ class Pool:
         )
 
 
-def statistics_of(name: str, layer: nn.Module, x: torch.Tensor) -> Pool:
-    """Mean and squared deviations of one batch at one layer."""
+def statistics_of(name: str, layer: nn.Module, x: torch.Tensor, *, least: int = 2) -> Pool:
+    """Mean and squared deviations of one batch at one layer, of `least` values a channel or more."""
     x = x.detach()
     exact = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
     if isinstance(layer, _InstanceNorm):
         return _instance_statistics(name, layer, x.to(exact))
     count = x.numel() // max(x.shape[1], 1)
-    if count < 2:
+    if count == 0:
+        raise InputError(f"layer '{name}' receives an empty batch", hint="check the data")
+    if count < least:
         raise InputError(
             f"layer '{name}' sees a single value a channel: a batch of one sample has no variance",
             hint="use a larger batch size, or data whose last batch is larger",
         )
-    if x.dtype in (torch.bfloat16, torch.float16) and x.device.type in ("cpu", "cuda"):
-        pool = _half_moments(x)
-        _check_finite(name, pool.mean_C, pool.deviations_C)
-        return pool
+    half = x.dtype in (torch.bfloat16, torch.float16) and x.device.type in ("cpu", "cuda")
+    moments = _half_moments if half else _moments
     per_sample = max(x.numel() // max(len(x), 1), 1)
     parts = torch.split(x, max(1, _CHUNK // per_sample))
-    pool, *others = (_moments(part, exact) for part in parts)
+    pool, *others = (moments(part, exact) for part in parts)
     for other in others:
         pool.add(other)
     _check_finite(name, pool.mean_C, pool.deviations_C)
@@ -80,12 +81,14 @@ def _moments(x: torch.Tensor, exact: torch.dtype) -> Pool:
     return Pool(float(count), mean_C, deviations_C)
 
 
-def _half_moments(x: torch.Tensor) -> Pool:
-    """Torch's own, summed in float32: some 1e-4 off, where rounding the values takes 1e-3."""
+def _half_moments(x: torch.Tensor, exact: torch.dtype) -> Pool:
+    """Torch's own, in float32: less than 1e-4 off, where rounding the values takes 1e-3."""
     mean_C = x.new_zeros(x.shape[1], dtype=torch.float32)  # its type is the results' type
     mean_C, variance_C = torch.batch_norm_update_stats(x, mean_C, torch.ones_like(mean_C), 0.0)
+    if bool((mean_C.square() > _HALF_DROWNED * variance_C).any()):
+        return _moments(x, exact)
     count = x.numel() // x.shape[1]
-    return Pool(float(count), mean_C.double(), variance_C.double() * count)
+    return Pool(float(count), mean_C.to(exact), variance_C.to(exact) * count)
 
 
 def _sums(wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -29,6 +29,7 @@ Sink = Callable[[str, int, npt.NDArray[np.uint8]], None]
 
 _TELLING = 8  # of so many blocks of a tensor one is looked at for norms and angles
 _OUTLIER = 10.0
+_LOST = 1e-3  # shares of a square below which a difference of float32 sums says nothing
 _OUTLIER_SIZE = 64  # the norm of a few biases says little
 
 
@@ -38,8 +39,9 @@ class Similarity:
 
     Attributes:
         cosines: Of each snapshot to the mean of the others in the first row, over all parameters
-            (of large tensors over every eighth block, in float32: good to about 1e-3);
-            1 is parallel. (To the mean itself two orthogonal snapshots still have 0.71.)
+            (of large tensors over every eighth block, in float32, which stand for the others);
+            1 is parallel. (To the mean itself two orthogonal snapshots still have 0.71.) Also 1
+            where the others are next to nothing in that row, or cancel.
         outliers: (snapshot name, key, ratio of its norm to the median norm of its siblings).
     """
 
@@ -224,8 +226,9 @@ def _average_tensor(
         sinks[len(rows) - len(collected)](
             key, 0, reader.in_c_order(collected.pop(0), target or spec.type)
         )
+    parts = 2 if spec.type.kind == "complex" else 1
     with work.lock:
-        work.moments[key] = moments
+        work.moments[key] = moments.scaled(parts * spec.size)
 
 
 def _mix_floats(
@@ -254,7 +257,8 @@ def _mix_floats(
     with np.errstate(invalid="ignore"):  # NaN is reported below, with its key
         values_KN = block_KB.view(real).astype(np.float64)
     bits_KN = block_KB.view(f"u{real.itemsize}")
-    _check_values(snapshots, key, values_KN, constant=bool((bits_KN == bits_KN[0]).all()))
+    if key not in work.replaced:
+        _check_values(snapshots, key, values_KN, constant=bool((bits_KN == bits_KN[0]).all()))
     results = careful(block_KB, values_KN, real, rows, moments, target)
     for row, result in zip(rows, results, strict=True):
         if key not in work.replaced and (row.only is None or target is not None):
@@ -349,8 +353,11 @@ def similarity(snapshots: SnapshotSet, row: Row, moments: Mapping[str, Moments])
     with_others_K = products_K - shares_K * squares_K
     others_K = square - 2 * shares_K * products_K + shares_K**2 * squares_K
     lengths_K = np.sqrt(squares_K * np.maximum(others_K, 0))
-    alone_K = (lengths_K <= 1e-12 * max(square, 1e-300)) | (shares_K == 0)
+    sizes_K = np.abs(shares_K)
+    cancel_K = np.abs(1 - shares_K) < (sizes_K.sum() - sizes_K) / 2
+    alone_K = (others_K <= _LOST * square) | (squares_K == 0) | (shares_K == 0) | cancel_K
     cosines_K = np.divide(with_others_K, lengths_K, out=np.ones(count), where=~alone_K)
+    cosines_K[(shares_K > 1) & ~alone_K] *= -1  # the others' weights sum to less than 0
     return Similarity(tuple(float(c) for c in cosines_K), tuple(outliers))
 
 

@@ -75,8 +75,15 @@ def posthoc_ema(
             hint="number the files by step, such as ema-0.050-0001000.pt",
         )
     times_ = np.array([max(times), *times]) / max(times)
+    if stored_widths is not None and len({*stored_widths}) > 1 and len({*times}) < len(times):
+        raise UsageError(
+            "--stored-widths: several averages were stored at one time, so there is no order to name "
+            "their widths in",
+            hint="put the widths into the names, such as ema-0.050-0001000.pt",
+        )
     products = _products(exponents, times_)
     row_K = np.linalg.lstsq(products[1:, 1:], products[1:, 0], rcond=None)[0]
+    # Karras leaves the sum as it comes, 0.98 to 1.001 in practice; a mean of weights has sum 1
     coefficients = tuple(float(c) for c in row_K)
     return Row(coefficients, math.fsum(coefficients))
 

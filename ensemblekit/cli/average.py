@@ -162,10 +162,11 @@ def _print(result: "AverageResult", *, dry_run: bool, quiet: bool, verbose: bool
         _note_skipped(result, verbose=verbose)
     verb = "would average" if dry_run else "up to date:" if result.up_to_date else "averaged"
     norm = result.batch_norm
+    live = norm["layers"] - norm["frozen"]
     statistics = {
         "none": "",
-        "averaged": f", {norm['layers']} BatchNorm layers with averaged statistics",
-        "recomputed": f", {norm['layers']} BatchNorm layers recomputed"
+        "averaged": f", {live} BatchNorm layers with averaged statistics",
+        "recomputed": f", {live} BatchNorm layers recomputed"
         + (f" on {norm['samples']:,} samples" if norm["samples"] else ""),
     }[norm["policy"]]
     used = sum(snapshot["coefficient"] != 0 for snapshot in result.snapshots)

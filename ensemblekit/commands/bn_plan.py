@@ -22,7 +22,7 @@ class BnPlan:
 
     Attributes:
         layers: All with running statistics.
-        frozen: Those whose statistics are equal in all snapshots.
+        frozen: Those whose statistics are equal in all snapshots, and were updated once.
         stale: The averaged statistics will not fit the averaged weights.
         recompute: There are data to make new ones from.
     """
@@ -44,7 +44,7 @@ def plan_bn(
     """
     layers = snapshots.norm_layers
     mixed = row.only is None
-    frozen = frozen_layers(snapshots) if mixed else ()
+    frozen = frozen_layers(snapshots)
     live = len(layers) - len(frozen)
     stale = mixed and live > 0
     has_data = options.model is not None and options.train_data is not None
@@ -66,13 +66,18 @@ def plan_bn(
         if bn == "error":
             raise CheckFailedError(f"--bn error: {text}", hint=advice)
         warnings.append(f"{text}; {advice}")
-    warnings += fresh_warnings(snapshots)
+    if not recompute:
+        warnings += fresh_warnings(snapshots)
     return BnPlan(layers, frozen, stale, recompute)
 
 
 def frozen_layers(snapshots: SnapshotSet) -> tuple[str, ...]:
-    """Layers whose statistics are equal in all snapshots: they were frozen in training."""
-    return tuple(name for name in snapshots.norm_layers if _frozen(snapshots, name))
+    """Layers whose statistics are equal in all snapshots: they were frozen in training.
+
+    Those of a new layer are equal, too, where training never updated them; they fit nothing.
+    """
+    equal = (name for name in snapshots.norm_layers if _frozen(snapshots, name))
+    return tuple(name for name in equal if not _fresh(snapshots, name))
 
 
 def fresh_warnings(snapshots: SnapshotSet) -> list[str]:
