@@ -138,7 +138,8 @@ def quick(
             mean_N: npt.NDArray[Any] = wide_KN[only]
             result = block_KB[only] if target is None else _narrowed(mean_N, target.real)
         else:
-            mean_N = _mean(wide_KN, row, scratch)
+            with np.errstate(over="ignore", invalid="ignore"):
+                mean_N = _mean(wide_KN, row, scratch)
             if not np.isfinite(mean_N).all():
                 raise NotRegular
             kind = real if target is None else target.real

@@ -492,6 +492,44 @@ def test_layer_by_layer_is_exact_whatever_the_batches(sizes: tuple[int, ...]) ->
     assert all(module.training for module in model.modules())  # as before
 
 
+@pytest.mark.parametrize("dtype, within", [(torch.bfloat16, 0.03), (torch.float16, 0.003)])
+def test_layer_by_layer_in_half_precision(dtype: torch.dtype, within: float) -> None:
+    """Batches of two kinds: normalised by the batch, deeper layers would see something else."""
+    torch.manual_seed(0)
+    model, x = Branches().to(dtype), normal(60, 3, 10, 10)
+    x[:30] += 6
+    wanted = population_of_every_layer(model, x.to(dtype))
+    found = recompute_bn(model, split(x.to(dtype), *(6,) * 10), layerwise=True).statistics
+    for name, (mean, var) in wanted.items():
+        off = (found[f"{name}.running_mean"] - mean).abs() / var.sqrt()
+        assert float(off.max()) < within
+        assert float((found[f"{name}.running_var"] / var - 1).abs().max()) < within
+
+
+def test_layer_by_layer_behind_instance_norm() -> None:
+    """In eval mode it normalises by its own running values."""
+    torch.manual_seed(0)
+    norm = nn.InstanceNorm2d(4, track_running_stats=True)
+    model = nn.Sequential(norm, nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5)).eval()
+    x = normal(24, 4, 9, 9)
+    found = recompute_bn(model, split(x, 8, 8, 8), layerwise=True).statistics
+    with torch.no_grad():
+        assert_statistics(model[2], model[1](norm(x)))
+    assert found.keys() >= {"2.running_var"}
+
+
+def test_layer_by_layer_a_last_batch_of_one_sample_counts() -> None:
+    model, x = nn.Sequential(nn.BatchNorm1d(3)), normal(9, 3)
+    recompute_bn(model, split(x, 8, 1), layerwise=True)
+    assert_statistics(model[0], x)
+
+
+def test_an_empty_batch() -> None:
+    model, x = nn.Sequential(nn.BatchNorm1d(3)), normal(8, 3)
+    with pytest.raises(InputError, match="layer '0' receives an empty batch"):
+        recompute_bn(model, split(x, 8, 0))
+
+
 def test_layer_by_layer_with_a_layer_that_is_used_twice() -> None:
     torch.manual_seed(0)
     model, x = Branches(twice=True), normal(20, 3, 8, 8)

@@ -12,9 +12,26 @@ import pytest
 import torch
 
 from ensemblekit.distances import distances
-from ensemblekit.errors import DamagedError
+from ensemblekit.errors import DamagedError, NotFiniteError
 
 from .helpers import Array, make_arrays, read_set, with_batch_norm, write_safetensors, write_torch
+
+
+def test_tied_tensors_count_once(tmp_path: Path) -> None:
+    states = [torch.full((4,), float(k)) for k in (1, 3)]
+    for k, tied in enumerate(states):
+        write_torch(tmp_path / f"{k}.pt", {"a": tied, "b": tied})
+    found = distances(read_set(tmp_path / "0.pt", tmp_path / "1.pt"))
+    assert (found[1].to_previous, found[1].to_mean) == (4.0, 2.0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite(tmp_path: Path, value: float) -> None:
+    for k, last in enumerate((1.0, value)):
+        write_torch(tmp_path / f"{k}.pt", {"w": torch.tensor([0.5, last])})
+    with pytest.raises(NotFiniteError, match=r"1.pt: 'w' contains NaN or Inf"):
+        distances(read_set(tmp_path / "0.pt", tmp_path / "1.pt"))
+
 
 Change = Callable[[Array], Array]
 

@@ -36,6 +36,23 @@ def test_half_precision_is_summed_in_single_precision(
     assert float((pool.deviations_C / pool.count / variance_C - 1).abs().max()) < 3e-4
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("offset, scale", [(0.0, 1.0), (300.0, 0.5)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_large_batches_in_half_precision(
+    dtype: torch.dtype, offset: float, scale: float, channels_last: bool
+) -> None:
+    """Where one float32 sum over all of it would lose two digits, or all of them."""
+    x = torch.randn(64, 2, 160, 160, generator=torch.Generator().manual_seed(0)) * scale + offset
+    x = (x if offset else x.relu()).to(dtype)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    pool = statistics_of("layer", nn.BatchNorm2d(2), x)
+    mean_C, variance_C = wide(x)
+    assert float(((pool.mean_C - mean_C) / variance_C.sqrt()).abs().max()) < 1e-4
+    assert float((pool.deviations_C / pool.count / variance_C - 1).abs().max()) < 3e-4
+
+
 def test_pools_of_batches_make_the_pool_of_all() -> None:
     """What is merged is float64, whatever the values were."""
     x = torch.randn(96, 4, 8, generator=torch.Generator().manual_seed(1)).bfloat16()

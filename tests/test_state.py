@@ -184,6 +184,54 @@ def test_cosines_are_to_the_mean_of_the_others(tmp_path: Path, row: Row) -> None
         assert similarity.cosines[k] == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize("coefficients", [(-1.0, 0.0, 2.0), (-1.0, 1.0, 1.0), (1e-9, 1e-6, 1.0)])
+def test_snapshots_of_one_basin_are_never_far_apart(
+    tmp_path: Path, coefficients: tuple[float, ...]
+) -> None:
+    """Neither where coefficients extrapolate nor where one of them is nearly all."""
+    rng = np.random.default_rng(3)
+    centre = rng.normal(size=100_000)
+    states = [(centre + 0.05 * rng.normal(size=centre.size)).astype(np.float32) for _ in range(3)]
+    row = Row(coefficients, sum(coefficients))
+    _, similarity = materialize(saved(tmp_path, *map(torch.from_numpy, states)), [row])
+    assert min(similarity.cosines) > 0.99
+
+
+def test_a_part_of_a_large_tensor_stands_for_all_of_it(tmp_path: Path) -> None:
+    """Small tensors, which are looked at whole, do not outweigh it."""
+    rng = np.random.default_rng(4)
+    large = rng.normal(size=(2000, 1050)).astype(np.float32)
+    paths, flat = [], []
+    for k in range(3):
+        small = {f"{n}": rng.normal(size=(256, 256)).astype(np.float32) for n in range(10)}
+        paths.append(write_safetensors(tmp_path / f"{k}.safetensors", {"large": large, **small}))
+        flat.append(np.concatenate([large.ravel(), *(s.ravel() for s in small.values())]))
+    _, similarity = materialize(read_set(*paths), [mean_row(3)])
+    wide = [values.astype(np.float64) for values in flat]
+    for k in range(3):
+        others = sum(wide[j] for j in range(3) if j != k)
+        assert similarity.cosines[k] == pytest.approx(cosine(wide[k], others), abs=2e-3)
+
+
+def test_sums_that_overflow_on_the_way(tmp_path: Path) -> None:
+    """Coefficients may be as large as they like."""
+    row = Row((3e306,) * 5, 1.5e307)
+    (arrays,), _ = materialize(saved(tmp_path, *([100.0 + k] * 70 for k in range(5))), [row])
+    assert arrays["w"].tolist() == [102.0] * 70
+
+
+def test_what_is_replaced_need_not_be_finite(tmp_path: Path) -> None:
+    states = [
+        {"w": torch.ones(3), "bn.running_mean": torch.full((2,), v)} for v in (1.0, float("nan"))
+    ]
+    paths = [write_torch(tmp_path / f"{k}.pt", state) for k, state in enumerate(states)]
+    replaced = frozenset({"bn.running_mean"})
+    (arrays,), _ = materialize(read_set(*paths), [mean_row(2)], replaced=replaced)
+    assert arrays["w"].tolist() == [1.0] * 3
+    with pytest.raises(NotFiniteError, match="running_mean"):
+        materialize(read_set(*paths), [mean_row(2)])
+
+
 def test_one_snapshot_is_parallel_to_itself(tmp_path: Path) -> None:
     _, similarity = materialize(saved(tmp_path, [1.0, 2.0]), [mean_row(1)])
     assert similarity.cosines == (1.0,)

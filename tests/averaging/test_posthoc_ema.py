@@ -210,3 +210,24 @@ def test_negative_coefficients_through_average(tmp_path: Path) -> None:
     assert made is not None
     expected = mixed(Row(row.coefficients, row.divisor), [v.astype(np.float32) for v in values])
     np.testing.assert_allclose(made["w"], expected, rtol=1e-6)
+
+
+def several_widths(folder: Path, names: str) -> None:
+    """Averages of two widths at each of three steps."""
+    for step in (1000, 2000, 3000):
+        for width in (0.05, 0.1):
+            path = folder / names.format(width=width, step=step)
+            write_safetensors(path, {"w": np.array([step, width], np.float32)})
+
+
+def test_two_widths_at_each_step_draw_no_warning(tmp_path: Path) -> None:
+    several_widths(tmp_path, "ema-{width:.3f}-{step:07}.safetensors")
+    result = average(tmp_path, method="posthoc-ema", rule_options={"width": 0.08})
+    assert not [text for text in result.warnings if "same" in text]
+
+
+def test_widths_are_not_guessed_where_times_repeat(tmp_path: Path) -> None:
+    several_widths(tmp_path, "ema-{step:07}-of-{width:.3f}.safetensors")
+    widths = {"width": 0.08, "stored_widths": (0.05, 0.1) * 3}
+    with pytest.raises(UsageError, match="several averages were stored at one time"):
+        average(tmp_path, method="posthoc-ema", rule_options=widths)

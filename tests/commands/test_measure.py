@@ -354,6 +354,37 @@ def test_frozen_layers_are_kept_and_named(here: Path, trained: Run) -> None:
     assert [t for t in result.warnings if "frozen" in t and "bn1" in t]
 
 
+@pytest.mark.parametrize("coefficients", [(0.0, 0.0, 0.0, 1.0), (0.0, 0.0, 1.0, 1.0)])
+def test_frozen_layers_are_kept_whatever_takes_part(
+    here: Path, trained: Run, coefficients: tuple[float, ...]
+) -> None:
+    keys = ("bn1.running_mean", "bn1.running_var", "bn1.num_batches_tracked")
+    for path in Path("ckpts").iterdir():
+        state = torch.load(path)
+        state["state_dict"].update({key: trained.weights[0][key] for key in keys})
+        torch.save(state, path)
+    result = average("recompute", rule_options={"coefficients": coefficients}, **TRAIN)
+    assert result.state is not None
+    assert result.batch_norm["policy"] == "recomputed"
+    assert result.state["bn1.running_var"].tolist() == trained.weights[0][keys[1]].tolist()
+
+
+def test_layers_that_were_never_updated_are_recomputed(here: Path, trained: Run) -> None:
+    """Their statistics are equal in all snapshots, too, but nobody froze them."""
+    for path in Path("ckpts").iterdir():
+        state = torch.load(path)
+        state["state_dict"]["bn1.running_mean"].zero_()
+        state["state_dict"]["bn1.running_var"].fill_(1)
+        torch.save(state, path)
+    result = average("recompute", **TRAIN)
+    assert result.state is not None
+    assert not any("never updated" in text for text in result.warnings)
+    assert result.batch_norm["frozen"] == 0
+    assert (result.state["bn1.running_var"] != 1).all()
+    with pytest.raises(EnsembleKitError, match="--bn error"):
+        ensemblekit.average("ckpts", bn="error")
+
+
 def test_one_snapshot(here: Path, trained: Run) -> None:
     for name in ("snap_1.pt", "snap_2.pt", "snap_3.pt"):
         Path("ckpts", name).unlink()
