@@ -7,15 +7,20 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 import secrets
+import shlex
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ensemblekit.errors import UsageError
 from ensemblekit.files import Source, from_os_error
+
+_LITTER_S = 60  # a new file may not have its lock yet
 
 
 class AtomicFile:
@@ -34,8 +39,10 @@ class AtomicFile:
         self._descriptor = -1
 
     def __enter__(self) -> "AtomicFile":
+        _drop_litter(self.path)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
         self._descriptor = self._guarded("create", lambda: os.open(self.temporary, flags, 0o666))
+        lock(self._descriptor)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -75,6 +82,38 @@ class AtomicFile:
 def temporary_name(path: Path) -> Path:
     """A hidden name beside a path that nothing else uses."""
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+
+
+def lock(descriptor: int) -> bool:
+    """Whether the file or folder is ours alone until it is closed; true where nothing can tell."""
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        return True
+    return True
+
+
+def _drop_litter(path: Path) -> None:
+    """What processes that were killed left of an output; those that live hold a lock."""
+    ours = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{12}\.tmp")
+    with contextlib.suppress(ImportError, OSError):
+        import fcntl
+
+        for other in [entry for entry in os.scandir(path.parent) if ours.fullmatch(entry.name)]:
+            with contextlib.suppress(OSError):  # in use, gone meanwhile, or another user's
+                flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW
+                descriptor = os.open(other.path, flags)
+                try:
+                    old = time.time() - other.stat(follow_symlinks=False).st_mtime > _LITTER_S
+                    if old and other.is_file(follow_symlinks=False):
+                        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        os.unlink(other.path)
+                finally:
+                    os.close(descriptor)
 
 
 def replace_folder(new: Path, path: Path) -> None:
@@ -137,7 +176,11 @@ def sync_folder(folder: Path) -> None:
 @contextlib.contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, so that two writers' files never mix; sync its entries at the end."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # one may write there, and not look
+        yield
+        return
     try:
         with contextlib.suppress(ImportError, OSError):  # no fcntl, or a file system without locks
             import fcntl
@@ -165,15 +208,20 @@ def check_output(path: Path, *, inputs: list[Path], force: bool, folder: bool = 
     """
     if not path.parent.is_dir():
         raise UsageError(
-            f"output folder {path.parent} does not exist", hint=f"mkdir -p {path.parent}"
+            f"output folder {path.parent} does not exist",
+            hint=None if path.parent.exists() else f"mkdir -p {shlex.quote(str(path.parent))}",
         )
     if not os.path.lexists(path):
         return
     if path.is_dir() != folder:
         kind, wanted = ("a file", "a folder") if folder else ("a folder", "a file")
         raise UsageError(f"output {path} is {kind}", hint=f"name {wanted} with -o")
+    if path.exists() and not (path.is_dir() or path.is_file()):
+        raise UsageError(
+            f"output {path} is neither a file nor a folder", hint="name another with -o"
+        )
+    held = {path, *path.iterdir()} if folder else {path}
     for source in inputs:
-        held = {path, *path.iterdir()} if folder else {path}
         if source.exists() and any(p.exists() and p.samefile(source) for p in held):
             raise UsageError(
                 f"output {path} is also an input ({source}); reading it would destroy it",

@@ -4,9 +4,9 @@ Input: averaging rules and selections make rows; nothing here knows files or ten
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ensemblekit.errors import UsageError
 
@@ -134,12 +134,25 @@ class Candidate:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Candidate":
-        """The inverse of `to_json`."""
-        rows: Sequence[dict[str, Any]] = value["rows"]
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: It is not what `to_json` gave.
+        """
+        try:
+            rows = tuple(Row(tuple(r["coefficients"]), r["divisor"]) for r in value["rows"])
+            policies = tuple(value["batch_norm"])
+        except (KeyError, TypeError, UsageError) as error:
+            raise ValueError(f"no candidate: {error}") from error
+        sound = len({len(row.coefficients) for row in rows}) == 1 and len(policies) == len(rows)
+        if not sound or not set(policies) <= set(get_args(BatchNorm)):
+            raise ValueError("no candidate: rows and BatchNorm policies do not go together")
+        if (value.get("combiner") is None) != (len(rows) == 1):
+            raise ValueError("no candidate: an ensemble needs a combiner, one model has none")
         return cls(
             value["name"],
-            tuple(Row(tuple(r["coefficients"]), r["divisor"]) for r in rows),
-            tuple(value["batch_norm"]),
+            rows,
+            policies,
             value["combiner"],
             value.get("combiner_params") or {},
             value.get("chosen_on"),

@@ -151,6 +151,8 @@ def _arrange(
     warnings += dict.fromkeys(text for s in snapshots for text in s.warnings)
     if not errors:
         try:
+            snapshots, more = _without_stated_averages(snapshots)
+            skipped.extend(more)
             check_same_signature(snapshots)
             snapshots, more = _without_averages(snapshots)
             skipped.extend(more)
@@ -215,14 +217,21 @@ def _own_sources(tree: Tree, tensors: Mapping[str, Any]) -> tuple[Source, ...]:
     return tuple(source for source in tree.sources if source in used) or tree.sources
 
 
+def _without_stated_averages(
+    snapshots: list[Snapshot],
+) -> tuple[list[Snapshot], list[Skipped]]:
+    """Drop averages of the run that say so; they may be of another element type."""
+    kept = [s for s in snapshots if not s.is_average]
+    if not kept:
+        return snapshots, []
+    reason = "is an average already, says the file"
+    return kept, [skipped(s, reason) for s in snapshots if s.is_average]
+
+
 def _without_averages(snapshots: list[Snapshot]) -> tuple[list[Snapshot], list[Skipped]]:
-    """Drop averages of the run: those that say so, and those that equal a mean of others."""
+    """Drop averages of the run that equal a mean of others."""
     kept = list(snapshots)
     left = []
-    if not all(s.is_average for s in kept):
-        stated = [s for s in kept if s.is_average]
-        left += [skipped(s, "is an average already, says the file") for s in stated]
-        kept = [s for s in kept if s not in stated]
     for snapshot, members in duplicates.means_of_others(kept, made_after):
         kept = [s for s in kept if s is not snapshot]
         names = listing([m.name for m in members], limit=3)

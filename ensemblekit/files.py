@@ -273,7 +273,7 @@ def _most_open() -> int:
     except ImportError:  # Windows
         return 128
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return 4096 if soft == resource.RLIM_INFINITY else max(64, min(soft // 2, 4096))
+    return 4096 if soft == resource.RLIM_INFINITY else max(8, min(soft // 2, 4096))
 
 
 _POOL = _DescriptorPool(limit=_most_open())

@@ -91,6 +91,12 @@ class Selection:
                 "--best N and --by NAME go together", hint="for example: --best 3 --by val_acc:max"
             )
 
+    @property
+    def takes_all(self) -> bool:
+        """Whether nothing is left out but by name."""
+        limits = (self.last, self.every, self.from_step, self.to_step, self.best)
+        return all(limit is None for limit in limits)
+
 
 def select(
     snapshots: list[Snapshot], selection: Selection, ordered_by: str

@@ -4,6 +4,7 @@ Input: files, folders and globs as typed. Folders are searched downwards; what i
 checkpoint is noted as such, never dropped without a word.
 """
 
+import contextlib
 import glob
 import os
 from collections.abc import Iterable, Sequence
@@ -12,7 +13,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from ensemblekit import containers
-from ensemblekit.errors import UsageError, listing
+from ensemblekit.errors import EnsembleKitError, UsageError, listing
+from ensemblekit.files import Source
 
 # By these endings a file claims to be a checkpoint: if it cannot be read, that is an error.
 _CLAIMS = {".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".tar", ".pyth", ".th", ".pt2", ".nemo"}
@@ -80,6 +82,9 @@ def places(
         for path in _expand(os.fspath(argument)):
             if path.is_dir() and containers.folder_kind(path) is None:
                 items = _search(path, path, 0, passed)
+            elif path.suffix == ".json" and _is_manifest(path):  # as `ckpts/*` of a shell gives it
+                passed.append(Passed(path, str(path), "what we noted of an output"))
+                continue
             else:
                 items = [Place(path, str(path), None, claims=True)]
             for item in items:
@@ -152,6 +157,16 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:  # a link that leads in circles: reading it as a file will say so
         return False
+
+
+def _is_manifest(path: Path) -> bool:
+    """Whether a file stands beside an output of ours and says what that was made of."""
+    try:
+        with contextlib.closing(Source(path)) as source:
+            head = source.read(0, min(source.size, 64))
+    except EnsembleKitError:
+        return False
+    return head.split()[:2] == [b"{", b'"ensemblekit":']
 
 
 def _is_side_file(name: str) -> bool:

@@ -1,6 +1,5 @@
 """`ensemblekit average`: many checkpoints, one model."""
 
-import contextlib
 import json
 import os
 import shlex
@@ -121,7 +120,7 @@ def command(
     method = averaging.method_for(method, rule_options)
     if rest.get("model") is not None:
         keep_freed_memory()
-    with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is not our data
+    with show.own_stdout():
         result = average(
             checkpoints,
             output,
@@ -160,7 +159,7 @@ def _print(result: "AverageResult", *, dry_run: bool, quiet: bool, verbose: bool
         for text in result.warnings:
             show.warning(text)
         _note_skipped(result, verbose=verbose)
-    verb = "would average" if dry_run else "up to date:" if result.up_to_date else "averaged"
+    verb = "up to date:" if result.up_to_date else "would average" if dry_run else "averaged"
     norm = result.batch_norm
     live = norm["layers"] - norm["frozen"]
     statistics = {

@@ -1,9 +1,7 @@
 """`ensemblekit bench`: latency, throughput and memory of candidates, on every runtime."""
 
-import contextlib
 import csv
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,7 +137,7 @@ def command(
         **{name: rest.pop(name) for name in names},
     )
     model = ModelOptions(model_args=options.pairs(model_arg) if model_arg else {}, **rest)
-    with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is not our data
+    with show.own_stdout():
         result = bench(
             checkpoints,
             model=model,

@@ -1,6 +1,5 @@
 """`ensemblekit compare`: every candidate on one table, and what to ship."""
 
-import contextlib
 import json
 import math
 import shlex
@@ -129,7 +128,7 @@ def command(
     budget = Budget(**{name: rest.pop(name) for name in _BUDGET})
     failed = None
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is not our data
+        with show.own_stdout():
             result = compare(
                 checkpoints,
                 output,

@@ -1,6 +1,5 @@
 """`ensemblekit export`: one candidate as a verified ONNX file."""
 
-import contextlib
 import json
 import shlex
 import sys
@@ -155,7 +154,7 @@ def command(
     }
     own |= {"keep_failed": rest.pop("keep_failed"), "metadata": _facts(meta, class_names)}
     model, selection, chosen = subject_options(rest, own)
-    with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is not our data
+    with show.own_stdout():
         result = export(
             checkpoints,
             output,

@@ -14,7 +14,7 @@ import traceback
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import click
 
@@ -59,20 +59,29 @@ _COMPLETIONS = [
 _ISSUES = "https://github.com/ensemblekit/ensemblekit/issues"
 
 
-class _Interrupts:
-    """Whether Ctrl-C was pressed: libraries swallow the exception, or make another one of it."""
+class _Run:
+    """What is known of the run under way.
 
-    seen = False
+    Attributes:
+        interrupted: Ctrl-C was pressed: libraries swallow the exception, or make another one of it.
+        as_json: Errors are wanted as JSON.
+    """
+
+    interrupted = False
+    as_json = False
 
     @classmethod
-    def note(cls, _signal: int, _frame: FrameType | None) -> None:
+    def interrupt(cls, _signal: int, _frame: FrameType | None) -> None:
         """The handler of SIGINT."""
-        cls.seen = True
+        cls.interrupted = True
         raise KeyboardInterrupt
 
 
 class _Terminated(BaseException):
-    """SIGTERM, on its way up through every `finally`."""
+    """SIGTERM or SIGHUP, on its way up through every `finally`."""
+
+    def __init__(self, number: int) -> None:
+        self.exit_code = 128 + number
 
 
 class _Commands(click.Group):
@@ -140,6 +149,8 @@ def cli(ctx: click.Context, config: str | None, verbose: bool, quiet: bool) -> N
     """Turn the checkpoints of one training run into the model to ship."""
     ctx.obj = {"verbose": verbose, "quiet": quiet}
     ctx.default_map = settings.defaults(config, ctx.invoked_subcommand)
+    own = ctx.default_map.get(ctx.invoked_subcommand or "", {})
+    _Run.as_json = _Run.as_json or bool(own.get("as_json"))
 
 
 def main() -> NoReturn:
@@ -150,7 +161,9 @@ def main() -> NoReturn:
 
 def run(argv: list[str]) -> int:
     """Run one command and return its exit code; see the table in the README."""
-    as_json = "--json" in argv or os.environ.get("ENSEMBLEKIT_JSON", "0") not in ("", "0", "false")
+    in_environment = os.environ.get("ENSEMBLEKIT_JSON", "0") not in ("", "0", "false")
+    _Run.as_json = "--json" in argv or in_environment
+    _Run.interrupted = False
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed, as by `>&-`
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115  # until we end
@@ -159,8 +172,11 @@ def run(argv: list[str]) -> int:
             stream.reconfigure(errors="backslashreplace")
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, _terminate)
-        signal.signal(signal.SIGINT, _Interrupts.note)
-    _Interrupts.seen = False
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as of a job in the background
+            signal.signal(signal.SIGINT, _Run.interrupt)
+        hang_up = getattr(signal, "SIGHUP", None)
+        if hang_up is not None and signal.getsignal(hang_up) is signal.SIG_DFL:  # no nohup
+            signal.signal(hang_up, _terminate)
     try:
         if asked := os.environ.get(_COMPLETE):
             one_of(asked, _COMPLETIONS, what=_COMPLETE)
@@ -168,31 +184,30 @@ def run(argv: list[str]) -> int:
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except EnsembleKitError as error:
-        return _report(error, as_json=as_json)
+        return _report(error)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         return 0
     except click.ClickException as error:
-        return _report(_from_click(error), as_json=as_json)
+        return _report(_from_click(error))
     except (KeyboardInterrupt, click.Abort):
         return _interrupted()
-    except _Terminated:
-        click.echo("terminated; nothing half-written is left behind", err=True)
-        return 143
+    except _Terminated as stop:
+        return _stopped("terminated", stop.exit_code)
     except SystemExit as stop:  # click and rich make this of a broken pipe
         if stop.code in (0, None):
             return 0
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence(sys.stdout)
         return 0
     except BrokenPipeError:  # the reader has gone, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence(sys.stdout)
         return 0
     except MemoryError:
-        return _report(MachineError("out of memory", hint="try --batch-size 32"), as_json=as_json)
+        return _report(MachineError("out of memory", hint="try --batch-size 32"))
     except OSError as error:
-        return _report(MachineError(str(error)), as_json=as_json)
+        return _report(MachineError(str(error)))
     except Exception:  # noqa: BLE001  # the one place where our own bugs come out
-        if _Interrupts.seen:
+        if _Run.interrupted:
             return _interrupted()
         traceback.print_exc()
         click.echo(
@@ -204,23 +219,55 @@ def run(argv: list[str]) -> int:
 
 
 def _interrupted() -> int:
-    click.echo("interrupted; nothing half-written is left behind", err=True)
-    return 130
+    return _stopped("interrupted", 130)
 
 
-def _report(error: EnsembleKitError, *, as_json: bool) -> int:
-    if _Interrupts.seen:
+def _stopped(how: str, exit_code: int) -> int:
+    text = f"{how}; nothing half-written is left behind"
+    if not _told_as_json(how, text, None):
+        _tell(text, err=True)
+    return exit_code
+
+
+def _report(error: EnsembleKitError) -> int:
+    if _Run.interrupted:
         return _interrupted()
-    place = int(os.environ.get("RANK", "0")) if "MASTER_ADDR" in os.environ else 0
-    if as_json and place == 0:
-        body = {"kind": error.kind, "message": error.message, "hint": error.hint}
-        click.echo(json.dumps({"schema_version": 1, "error": body}))
-    else:
+    if not _told_as_json(error.kind, error.message, error.hint):
+        place = _rank()
         who = f"[rank {place}] " if place else ""
-        click.echo(who + show.styled("error: ", fg="red") + error.message, err=True)
+        _tell(who + show.styled("error: ", fg="red") + error.message, err=True)
         if error.hint:
-            click.echo(show.styled("hint: ", fg="cyan") + error.hint, err=True)
+            _tell(show.styled("hint: ", fg="cyan") + error.hint, err=True)
     return error.exit_code
+
+
+def _told_as_json(kind: str, message: str, hint: str | None) -> bool:
+    if not _Run.as_json or _rank() != 0:
+        return False
+    body = {"kind": kind, "message": message, "hint": hint}
+    return _tell(json.dumps({"schema_version": 1, "error": body}))
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0")) if "MASTER_ADDR" in os.environ else 0
+
+
+def _tell(text: str, *, err: bool = False) -> bool:
+    """Print, if that can be done: the disk behind the stream may be full, the terminal gone."""
+    stream = sys.stderr if err else sys.stdout
+    try:
+        click.echo(text, err=err)
+        stream.flush()
+    except OSError:
+        _silence(stream)
+        return False
+    return True
+
+
+def _silence(stream: TextIO) -> None:
+    """Let what the stream still holds go nowhere, instead of failing once more at the end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _from_click(error: click.ClickException) -> EnsembleKitError:
@@ -229,6 +276,6 @@ def _from_click(error: click.ClickException) -> EnsembleKitError:
     return UsageError(error.format_message(), hint=f"see: {path} --help")
 
 
-def _terminate(_: int, __: FrameType | None) -> Any:
+def _terminate(number: int, _: FrameType | None) -> Any:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report its loaders' end as an error
-    raise _Terminated
+    raise _Terminated(number)

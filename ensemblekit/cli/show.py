@@ -4,9 +4,10 @@ Input: plain values. Data goes to stdout, everything else to stderr; no bars and
 there is no terminal.
 """
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import click
 
@@ -64,3 +65,29 @@ def number(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:g}" if abs(value) < 1e6 else f"{value:,.0f}"
+
+
+@contextlib.contextmanager
+def own_stdout() -> Iterator[None]:
+    """What the user's code prints goes to stderr: stdout is for our data.
+
+    What C libraries and other processes print goes by the descriptor.
+    """
+    try:
+        sys.stdout.flush()
+        ours = sys.stdout.fileno() == 1
+        other = sys.stderr.fileno()
+    except (OSError, ValueError):  # other streams, as in a notebook
+        ours = False
+    if not ours:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+        return
+    kept = os.dup(1)
+    os.dup2(other, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)

@@ -1,8 +1,6 @@
 """`ensemblekit verify`: whether an ONNX file is the model of these checkpoints."""
 
-import contextlib
 import json
-import sys
 from typing import Any
 
 import click
@@ -47,7 +45,7 @@ def command(
 
     keep_freed_memory()
     model, selection, chosen = subject_options(rest, {})
-    with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints is not our data
+    with show.own_stdout():
         result = verify_file(
             file,
             checkpoints,

@@ -94,7 +94,8 @@ def average(
     path = None if output is None else Path(output)
     target = outgoing.Output(path, dtype, shard_bytes, force, dry_run)
     with provenance.Digests() as digests:
-        wanted = path is not None and not dry_run and rank() == 0
+        all_taken = selection is None or selection.takes_all
+        wanted = path is not None and not dry_run and rank() == 0 and all_taken
         snapshots = discover(*paths, selection=selection, seen=digests.start if wanted else None)
         if candidate is not None:
             name, comparison = candidate[0], Path(candidate[1])
@@ -112,19 +113,10 @@ def average(
         warnings = list(snapshots.warnings)
         plan = plan_bn(snapshots, row, bn, options, warnings)
         result = _described(snapshots, row, method, plan)
-        terms = provenance.terms(snapshots, row, method, bn, options, dtype)
-        terms["companions"] = outgoing.companion_digests(target, snapshots)
-        if path is not None:
-            if not force and (
-                done := provenance.up_to_date(path, result, terms, snapshots, digests)
-            ):
-                if strict and done.warnings:
-                    raise CheckFailedError(f"--strict: {done.warnings[0]}")
-                return done
-            outgoing.check(target, snapshots)
-        if dry_run:
-            shown = None if path is None else str(path)
-            return replace(result, output=shown, warnings=tuple(warnings))
+        terms = outgoing.terms(target, snapshots, row, method, bn, options)
+        planned = replace(result, warnings=tuple(warnings))
+        if early := _settled(planned, target, snapshots, terms, digests, strict=strict):
+            return early
         measured = Measured("averaged" if plan.stale else "none")
         if options.model is not None:
             from ensemblekit.commands.measure import measure
@@ -189,23 +181,46 @@ def _measured_before(
     result = _described(taken.snapshots, row, name, plan)
     measured = Measured(policy, dict(statistics), taken.samples)
     result = replace(result, batch_norm=_bn_json(plan, measured))
-    path = target.path
-    terms = provenance.terms(taken.snapshots, row, name, policy, ModelOptions(), target.dtype)
+    terms = outgoing.terms(target, taken.snapshots, row, name, policy, ModelOptions())
     terms["comparison"] = provenance.file_digest(comparison)
-    terms["companions"] = outgoing.companion_digests(target, taken.snapshots)
-    if path is not None:
-        if not target.force and (
-            done := provenance.up_to_date(path, result, terms, taken.snapshots, digests)
-        ):
-            return done
-        outgoing.check(target, taken.snapshots)
-    if target.dry_run or rank() != 0:
-        shown = None if path is None else str(path)
-        return replace(result, output=shown, warnings=tuple(warnings))
+    planned = replace(result, warnings=tuple(warnings))
+    if early := _settled(planned, target, taken.snapshots, terms, digests, strict=strict):
+        return early
+    if rank() != 0:
+        return planned
     dtype = target.dtype
     weights = _Weights(taken.snapshots, row, measured, warnings, dtype=dtype, strict=strict)
     weights.chosen_on = taken.candidate.chosen_on
     return _written(result, weights, target, terms, digests, command)
+
+
+def _settled(
+    planned: AverageResult,
+    target: outgoing.Output,
+    snapshots: SnapshotSet,
+    terms: dict[str, Any],
+    digests: provenance.Digests,
+    *,
+    strict: bool,
+) -> AverageResult | None:
+    """What there is to say before any weights are read: it is there already, or a dry run ends here.
+
+    Raises:
+        UsageError: The output could not be written.
+        CheckFailedError: `strict`, and there is a warning already.
+    """
+    path, found = target.path, None
+    if path is not None:
+        if not target.force:
+            found = provenance.up_to_date(path, planned, terms, snapshots, digests)
+        if found is None:
+            notes = outgoing.check(target, snapshots)
+            planned = replace(planned, output=str(path), warnings=(*planned.warnings, *notes))
+    if found is None and target.dry_run:
+        found = planned
+    if found is not None and strict and found.warnings:
+        raise CheckFailedError(f"--strict: {found.warnings[0]}")
+    return found
 
 
 def _written(
@@ -254,9 +269,7 @@ def _written(
             inputs=inputs,
             force=target.force,
             shard_bytes=target.shard_bytes,
-            request=provenance.digest(
-                [terms, provenance.fingerprints(snapshots), target.shard_bytes, path.name]
-            ),
+            request=provenance.digest([terms, provenance.fingerprints(snapshots), path.name]),
         )
     else:
         save(path, content, weights, manifest, inputs=inputs, force=target.force)

@@ -51,21 +51,24 @@ def take(name: str, source: Path, found: SnapshotSet) -> Chosen:
     """
     path = source / JSON_NAME if source.is_dir() else source
     comparison = read(path)
-    rows = {row["name"]: row for row in comparison["candidates"]}
+    rows = {str(row["name"]): row for row in comparison["candidates"]}
     one_of(name, rows, what=f"candidate of {path}")
-    candidate = Candidate.from_json(rows[name]["candidate"])
-    used = [
-        k
-        for k in range(len(comparison["snapshots"]))
-        if any(row.coefficients[k] != 0 for row in candidate.rows)
-    ]
+    try:
+        candidate = Candidate.from_json(rows[name]["candidate"])
+        samples = int(rows[name]["batch_norm"]["samples"])
+        files = [(s["sha256"], s["weights"], s["name"]) for s in comparison["snapshots"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: {name} is damaged ({error})") from error
+    if len(files) != len(candidate.rows[0].coefficients):
+        raise InputError(f"{path}: {name} is damaged: it is not over its {len(files)} snapshots")
+    used = [k for k in range(len(files)) if any(row.coefficients[k] != 0 for row in candidate.rows)]
     now = {(s.digest(), s.variant): s for s in found.snapshots}
     taken = []
     for k in used:
-        wanted = comparison["snapshots"][k]
-        snapshot = now.get((wanted["sha256"], wanted["weights"]))
+        sha256, variant, _ = files[k]
+        snapshot = now.get((sha256, variant))
         if snapshot is None:
-            raise _missing(wanted, found, path)
+            raise _missing(*files[k], found, path)
         taken.append(snapshot)
     restricted = replace(
         candidate,
@@ -75,7 +78,7 @@ def take(name: str, source: Path, found: SnapshotSet) -> Chosen:
     )
     snapshots = SnapshotSet(tuple(taken), found.skipped, (), found.ordered_by)
     statistics = _statistics(path, comparison, candidate, snapshots)
-    return Chosen(restricted, snapshots, statistics, rows[name]["batch_norm"]["samples"])
+    return Chosen(restricted, snapshots, statistics, samples)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -96,23 +99,25 @@ def read(path: Path) -> dict[str, Any]:
                 f"{path}: its schema version is {value['schema_version']}, this ensemblekit reads 1",
                 hint="run ensemblekit compare again",
             )
-        value["candidates"][0]["candidate"]["rows"], value["snapshots"][0]["sha256"]
+        [row["name"] for row in value["candidates"]], value["snapshots"][0]["sha256"]
     except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is no comparison.json of ensemblekit") from error
     found: dict[str, Any] = value
     return found
 
 
-def _missing(wanted: Mapping[str, Any], found: SnapshotSet, path: Path) -> IncompatibleError:
-    same = [s for s in found.snapshots if s.digest() == wanted["sha256"]]
+def _missing(
+    sha256: str, variant: str, name: str, found: SnapshotSet, path: Path
+) -> IncompatibleError:
+    same = [s for s in found.snapshots if s.digest() == sha256]
     if same:
         return IncompatibleError(
-            f"{same[0].path}: {path} measured its '{wanted['weights']}' weights, and "
+            f"{same[0].path}: {path} measured its '{variant}' weights, and "
             f"'{same[0].variant}' were taken now",
-            hint=f"--weights {wanted['weights']}",
+            hint=f"--weights {variant}",
         )
     return IncompatibleError(
-        f"{wanted['name']} (sha256 {wanted['sha256'][:12]}...) of {path} is not among the "
+        f"{name} (sha256 {sha256[:12]}...) of {path} is not among the "
         f"{len(found)} snapshots found, or has changed since",
         hint="name the files that were compared, or run ensemblekit compare again",
     )

@@ -10,12 +10,15 @@ from typing import Any
 
 from ensemblekit import writers
 from ensemblekit.atomic import check_output
+from ensemblekit.candidates import Row
+from ensemblekit.commands import provenance
 from ensemblekit.dtypes import DTYPES
 from ensemblekit.errors import UsageError, listing, one_of
 from ensemblekit.files import Source, sha256
+from ensemblekit.options import ModelOptions
 from ensemblekit.snapshots import SnapshotSet
 from ensemblekit.state import converted
-from ensemblekit.writers import folder, lightning
+from ensemblekit.writers import folder, lightning, saving
 
 FLOATS = tuple(name for name, dtype in DTYPES.items() if dtype.kind == "float")
 
@@ -48,15 +51,40 @@ class Output:
             writers.check_format(self.path)
 
 
-def check(target: Output, snapshots: SnapshotSet) -> None:
-    """Refuse early what could not be written."""
+def check(target: Output, snapshots: SnapshotSet) -> list[str]:
+    """Refuse early what could not be written; what cannot go along is returned.
+
+    Raises:
+        UsageError: The output, or its manifest, would replace something that it must not.
+        UnsupportedError: The format cannot hold the tensors.
+    """
     path = target.path
     assert path is not None
+    inputs = files(snapshots)
     if writers.is_folder(path):
-        folder.check_replaceable(path, inputs=files(snapshots), force=target.force)
+        folder.check_replaceable(path, inputs=inputs, force=target.force)
+        if all(s.format.endswith("/peft") for s in snapshots.snapshots):
+            raise UsageError(
+                f"output {path}: a folder of an adapter is more than we write",
+                hint="-o adapter_model.safetensors, beside a copy of adapter_config.json",
+            )
     else:
-        check_output(path, inputs=files(snapshots), force=target.force)
-        writers.layout(path, content(target, snapshots, {}, []))
+        check_output(path, inputs=inputs, force=target.force)
+    saving.check_manifest(path, inputs=inputs, force=target.force)
+    notes: list[str] = []
+    writers.layout(path, content(target, snapshots, {}, notes))
+    return notes
+
+
+def terms(
+    target: Output, snapshots: SnapshotSet, row: Row, method: str, bn: str, options: ModelOptions
+) -> dict[str, Any]:
+    """What determines the output, but for the inputs' digests."""
+    found = provenance.terms(snapshots, row, method, bn, options, target.dtype)
+    found["companions"] = companion_digests(target, snapshots)
+    if target.path is not None and writers.is_folder(target.path):
+        found["shard_bytes"] = target.shard_bytes
+    return found
 
 
 def content(

@@ -84,6 +84,10 @@ class Digests:
         """The file and digest of each input; waits for the last one."""
         for snapshot in snapshots.snapshots:
             self.start(snapshot)
+        taken = {source for snapshot in snapshots.snapshots for source in snapshot.sources}
+        for source, future in self._futures.items():
+            if source not in taken:
+                future.cancel()
         return [
             {"file": str(source.path), "sha256": self._futures[source].result()}
             for snapshot in snapshots.snapshots
@@ -92,8 +96,12 @@ class Digests:
 
 
 def fingerprints(snapshots: SnapshotSet) -> list[list[Any]]:
-    """What tells without reading that the inputs are the same as before, most likely."""
-    return [[str(s.path), *s.fingerprint] for snap in snapshots.snapshots for s in snap.sources]
+    """What tells without reading that the inputs are the same as before, most likely.
+
+    The time of the last change of an inode is there because programs cannot set it.
+    """
+    sources = [source for snapshot in snapshots.snapshots for source in snapshot.sources]
+    return [[str(s.path), *s.fingerprint, s.path.stat().st_ctime_ns] for s in sources]
 
 
 def request(

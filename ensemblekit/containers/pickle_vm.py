@@ -124,7 +124,9 @@ class _Machine:
     # --- reading the stream
 
     def take(self, n: int) -> bytes:
-        if n < 0 or self.place + n > len(self.data):
+        if n < 0:
+            raise self.damaged(f"a length of {n}")
+        if self.place + n > len(self.data):
             raise self.too_early(f"a value of {n} bytes runs past the end")
         chunk = self.data[self.place : self.place + n]
         self.place += n
@@ -170,8 +172,6 @@ class _Machine:
         raise self.damaged("it looks for a mark that is not there")
 
     def remember(self, key: int) -> None:
-        if key < 0:
-            raise self.damaged(f"memo entry {key}")
         self.memo[key] = self.peek()
 
     def recall(self, key: int) -> None:
@@ -340,6 +340,8 @@ def _counted(form: struct.Struct, convert: Callable[[bytes], Any]) -> _Step:
 
 
 def _signed(chunk: bytes) -> int:
+    if len(chunk) > 1024:  # Python refuses to write more than 4300 digits
+        raise ValueError(f"an integer of {len(chunk)} bytes")
     return int.from_bytes(chunk, "little", signed=True)
 
 
@@ -363,7 +365,13 @@ def _text(convert: Callable[[str], Any]) -> _Step:
 
 
 def _text_int(text: str) -> Any:
-    return {"00": False, "01": True}.get(text) if text in ("00", "01") else int(text)
+    return text == "01" if text in ("00", "01") else _whole(text)
+
+
+def _whole(text: str) -> int:
+    if len(text) > 2000:
+        raise ValueError(text)
+    return int(text)
 
 
 def _quoted(text: str) -> str:
@@ -476,7 +484,7 @@ _OPCODES: dict[int, _Step] = {
     0x88: _constant(True),
     0x89: _constant(False),
     ord("I"): _text(_text_int),
-    ord("L"): _text(lambda t: int(t.removesuffix("L"))),
+    ord("L"): _text(lambda t: _whole(t.removesuffix("L"))),
     ord("F"): _text(float),
     ord("J"): _fixed(_I32),
     ord("K"): _fixed(_U8),

@@ -4,6 +4,7 @@ Input: a signature and facts. A writer module of a file format offers `layout(co
 a folder is several safetensors files (`writers.folder`).
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ensemblekit.errors import UsageError
+from ensemblekit.errors import EnsembleKitError, UsageError
 from ensemblekit.files import Source, sha256
 from ensemblekit.snapshots import Signature
 
@@ -104,7 +105,7 @@ def check_format(path: Path) -> None:
     Raises:
         UsageError: Lists the endings that are.
     """
-    if not path.name or path.name == "..":
+    if not path.name or path.name == ".." or path.name in WRITERS:
         raise UsageError("the output has no name", hint="-o averaged.safetensors")
     if path.suffix not in WRITERS and not is_folder(path):
         raise UsageError(
@@ -115,8 +116,11 @@ def check_format(path: Path) -> None:
 
 
 def layout(path: Path, content: Content) -> Layout:
-    """Where everything goes in a file; raises where the format cannot hold it."""
-    made: Layout = import_module(WRITERS[path.suffix]).layout(content)
+    """Where everything goes in a file; raises where the format cannot hold it.
+
+    A folder's files are safetensors.
+    """
+    made: Layout = import_module(WRITERS.get(path.suffix, WRITERS[".safetensors"])).layout(content)
     return made
 
 
@@ -128,8 +132,9 @@ def manifest_path(path: Path) -> Path:
 def read_manifest(path: Path) -> dict[str, Any] | None:
     """The manifest of the output at `path`, None where there is none of ours."""
     try:
-        value = json.loads(manifest_path(path).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        with contextlib.closing(Source(manifest_path(path))) as source:
+            value = json.loads(source.read(0, source.size))
+    except (EnsembleKitError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) and _MARK in value else None
 

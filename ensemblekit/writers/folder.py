@@ -8,6 +8,8 @@ import contextlib
 import fnmatch
 import json
 import os
+import re
+import shlex
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
@@ -16,7 +18,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ensemblekit.atomic import AtomicFile, check_output, replace_folder, sync_folder
+from ensemblekit.atomic import AtomicFile, check_output, lock, replace_folder, sync_folder
 from ensemblekit.dtypes import DTYPES
 from ensemblekit.errors import EnsembleKitError, MachineError, UsageError
 from ensemblekit.files import Source, from_os_error, sha256
@@ -142,6 +144,11 @@ def check_replaceable(path: Path, *, inputs: list[Path], force: bool) -> None:
     """
     if path.is_symlink():
         raise UsageError(f"output {path} is a link", hint="name the folder itself with -o")
+    if path.is_mount():
+        raise UsageError(
+            f"output {path} is a mount point, which cannot be replaced as a whole",
+            hint=f"-o {shlex.quote(str(path / 'averaged'))}",
+        )
     empty = path.is_dir() and not any(path.iterdir())
     check_output(path, inputs=inputs, force=force or empty, folder=True)
     if empty or not path.exists():
@@ -176,7 +183,7 @@ def _partial(path: Path, request: str) -> Iterator[Path]:
     except OSError as error:
         raise from_os_error(error, path, doing="create") from error
     try:
-        if not _lock(descriptor):
+        if not lock(descriptor):
             raise MachineError(
                 f"another process is writing {path}", hint="wait for it, or choose another -o"
             )
@@ -195,25 +202,15 @@ def _partial(path: Path, request: str) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def _lock(descriptor: int) -> bool:
-    """Whether the folder is ours alone; true where the system has no locks."""
-    try:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except (ImportError, OSError):
-        return True
-    return True
-
-
 def _drop_others(path: Path, own: Path) -> None:
     """Parts of stopped runs that wanted another content of the same name are of no use any more."""
-    for other in path.parent.glob(f".{path.name}.*.partial"):
-        if other != own:
-            descriptor = os.open(other, os.O_RDONLY)
-            if _lock(descriptor):
+    ours = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{12}\.partial")
+    for other in path.parent.iterdir():
+        if other == own or not ours.fullmatch(other.name) or other.is_symlink():
+            continue
+        with contextlib.suppress(OSError):  # another user's: none of our business
+            descriptor = os.open(other, os.O_RDONLY | os.O_DIRECTORY)
+            if lock(descriptor):
                 shutil.rmtree(other, ignore_errors=True)
             os.close(descriptor)
 
@@ -235,7 +232,7 @@ def _progress(partial: Path, filler: Filler) -> dict[str, str]:
             found = {}
     for file in partial.iterdir():
         if file.name not in {*found, *([_PROGRESS] if found else [])}:
-            file.unlink()
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
     return found
 
 

@@ -16,6 +16,7 @@ from ensemblekit.errors import UnsupportedError
 _TYPED = {dtype: name for name, dtype in STORAGES.items() if name != "UntypedStorage"}
 _ORDERED = b"ccollections\nOrderedDict\n)R"
 _DEEPEST, _MOST = 50, 100_000
+_MOST_BITS = 254 * 8  # of an integer
 _PLAIN = (type(None), bool, int, float, str, list, tuple, dict)
 
 
@@ -62,6 +63,8 @@ def is_plain(value: Any) -> bool:
         current, depth = stack.pop()
         seen += 1
         if type(current) not in _PLAIN or depth > _DEEPEST or seen > _MOST:
+            return False
+        if isinstance(current, int) and current.bit_length() > _MOST_BITS:
             return False
         if isinstance(current, dict):
             stack += [(part, depth + 1) for pair in current.items() for part in pair]

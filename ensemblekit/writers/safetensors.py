@@ -27,6 +27,11 @@ def layout(content: Content) -> Layout:
         shape, dtype = signature[key]
         if not is_unicode(key):
             raise UnsupportedError(f"{key!r}: the name is not Unicode, safetensors cannot hold it")
+        if key == "__metadata__":
+            raise UnsupportedError(
+                f"'{key}': safetensors keeps this name for itself",
+                hint="-o averaged.pt can hold it",
+            )
         code = DTYPES[dtype].safetensors
         if code is None:
             raise UnsupportedError(

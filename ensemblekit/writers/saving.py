@@ -145,11 +145,7 @@ def publish(
         note.seal().close()
         with locked_folder(path.parent):
             check()
-            check_output(note_path, inputs=inputs, force=True)
-            if note_path.exists() and read_manifest(path) is None and not force:
-                raise UsageError(
-                    f"{note_path} exists and is no manifest of ours", hint="use --force"
-                )
+            check_manifest(path, inputs=inputs, force=force)
             # the manifest first: if we are stopped in between, the old output is still there
             earlier = note_path.read_bytes() if note_path.exists() else None
             try:
@@ -159,6 +155,18 @@ def publish(
                 if not path.exists() or path.stat().st_ino != own:  # else both are in place
                     _put_back(note_path, earlier)
                 raise
+
+
+def check_manifest(path: Path, *, inputs: list[Path], force: bool) -> None:
+    """Refuse an output whose manifest would replace something else.
+
+    Raises:
+        UsageError: An input, a folder, or without `force` a file that is no manifest of ours.
+    """
+    note_path = manifest_path(path)
+    check_output(note_path, inputs=inputs, force=True)
+    if note_path.exists() and read_manifest(path) is None and not force:
+        raise UsageError(f"{note_path} exists and is no manifest of ours", hint="use --force")
 
 
 def _put_back(path: Path, earlier: bytes | None) -> None:
