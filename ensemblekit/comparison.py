@@ -13,7 +13,16 @@ import numpy as np
 import torch
 
 from ensemblekit import decision as deciding
-from ensemblekit import environment, evaluation, families, latency, metrics, operations, sections
+from ensemblekit import (
+    environment,
+    evaluation,
+    families,
+    latency,
+    machine,
+    metrics,
+    operations,
+    sections,
+)
 from ensemblekit.candidates import Candidate, Member, one_hot
 from ensemblekit.contest import Contest, used_snapshots, weights_json
 from ensemblekit.decision import Budget, Option
@@ -28,6 +37,7 @@ _OWN_KEYS = (  # of an evaluation, besides figures
     *("split", "samples", "cross_fitted", "accuracy_ci", "ece", "ece_adaptive", "auroc"),
     *("nll_calibrated", "temperature", "disagreement", "mutual_information"),
 )
+_BUSY = 1.5  # processes a core; ours are one, or a little more
 _CALIBRATE_UP_TO = 4_000_000  # outputs beyond which only headline candidates are calibrated
 
 
@@ -300,6 +310,12 @@ class Comparison:
             self.warnings.append("latency was not measured: the members do not fit into memory")
             return _Times({}, None, self.budget.latency_batch)
         models = [models[m % len(models)] for m in range(most)]
+        load = machine.busy()
+        if load is not None and load > _BUSY:
+            self.warnings.append(
+                f"this machine had {load:.1f} processes a core to run in the last minute: latencies may "
+                "be far too high; measure again when it is quiet"
+            )
         flops = operations.flops(models[0], bench.example, bench.device)
         sizes = sorted({1, self.budget.latency_batch, min(bench.options.batch_size, 32)})
         found = {}

@@ -124,11 +124,13 @@ def examine(
     excluded = [item for item in skipped if item.reason.startswith("excluded")]
     if not found and not errors and excluded:
         raise UsageError(f"--exclude leaves none of {len(excluded)} files")
+    unused = walk.unmatched(selection.exclude, [*places, *passed])
     found = with_numbers(found)
     if not found and not errors:
         names = ", ".join(str(c) for c in checkpoints)
         errors.append(InputError(f"{names}: no checkpoints found", hint=_what_was_there(skipped)))
-    return _arrange(found, skipped, errors, selection)
+    warnings = [f"--exclude '{pattern}' matches none of the files" for pattern in unused]
+    return _arrange(found, skipped, errors, selection, warnings)
 
 
 def _arrange(
@@ -136,8 +138,8 @@ def _arrange(
     skipped: list[Skipped],
     errors: list[EnsembleKitError],
     selection: Selection,
+    warnings: list[str],
 ) -> Examination:
-    warnings: list[str] = []
     snapshots, more = _without_copies(found)
     skipped.extend(more)
     snapshots, ordered_by = in_order(snapshots)

@@ -40,6 +40,13 @@ def usable_cores() -> int:
     return max(1, count)
 
 
+def busy() -> float | None:
+    """Processes that wanted to run in the last minute, per usable core; None where nobody counts."""
+    if not hasattr(os, "getloadavg"):
+        return None
+    return os.getloadavg()[0] / usable_cores()
+
+
 def memory_bytes() -> int | None:
     """Memory that this process may have at most; None where the system does not say."""
     sizes = []

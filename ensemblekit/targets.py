@@ -249,7 +249,7 @@ def _arrays(target: Target) -> tuple[Any, Any]:
         if missing:
             raise UsageError(
                 f"data target '{target.text}': {path} has no array '{missing[0]}'",
-                hint=f"it has {listing(arrays, limit=8)}; choose with {path}?x=NAME&y=NAME",
+                hint=f"it has {listing(arrays, limit=8)}; choose with '{path}?x=NAME&y=NAME'",
             )
         return arrays[names[0]], arrays[names[1]]
 
@@ -266,10 +266,10 @@ def user_code(what: str) -> Iterator[None]:
     except (EnsembleKitError, MemoryError):
         raise
     except (Exception, SystemExit) as error:  # their code may raise anything
-        raise UserCodeError(
-            f"{what} raised {type(error).__name__}: {error}. The traceback is of your code:",
-            traceback=_their_traceback(error),
-        ) from error
+        said, frames = str(error), _their_traceback(error)
+        text = f"{what} raised {type(error).__name__}" + (f": {said}" if said else "")
+        text += ". The traceback is of your code:" if frames else ""
+        raise UserCodeError(text, traceback=frames) from error
 
 
 def _their_traceback(error: BaseException) -> str:

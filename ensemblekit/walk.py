@@ -99,6 +99,11 @@ def places(
     return kept, passed
 
 
+def unmatched(patterns: Iterable[str], items: Sequence[Place | Passed]) -> list[str]:
+    """Patterns that match nothing that was found: perhaps misspelt."""
+    return [p for p in patterns if not any(_matches(item, p) for item in items)]
+
+
 def _expand(argument: str) -> list[Path]:
     path = Path(argument)
     if os.path.lexists(path):
@@ -173,7 +178,7 @@ def _is_side_file(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in _SIDE_FILES)
 
 
-def _matches(item: Place, pattern: str) -> bool:
+def _matches(item: Place | Passed, pattern: str) -> bool:
     return fnmatch(item.name, pattern) or fnmatch(item.path.name, pattern)
 
 

@@ -27,7 +27,7 @@ def lawa(
     """
     count = len(snapshots)
     if k is not None and not 1 <= k <= count:
-        raise UsageError(f"--k {k}: there are {count} snapshots")
+        raise UsageError(f"--k {k}: there are {count} snapshots, so 1 to {count} can be taken")
     return last_row(k or min(_LATEST, count), count)
 
 

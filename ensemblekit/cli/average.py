@@ -158,6 +158,8 @@ def _print(result: "AverageResult", *, dry_run: bool, quiet: bool, verbose: bool
         _note_weights(result)
         for text in result.warnings:
             show.warning(text)
+        for text in result.notes:
+            show.note(text)
         _note_skipped(result, verbose=verbose)
     verb = "up to date:" if result.up_to_date else "would average" if dry_run else "averaged"
     norm = result.batch_norm
@@ -170,7 +172,7 @@ def _print(result: "AverageResult", *, dry_run: bool, quiet: bool, verbose: bool
     }[norm["policy"]]
     used = sum(snapshot["coefficient"] != 0 for snapshot in result.snapshots)
     click.echo(
-        f"{verb} {used} snapshots ({result.method}, {result.parameters:,} "
+        f"{verb} {used} snapshot{'s' * (used != 1)} ({result.method}, {result.parameters:,} "
         f"parameters{statistics}) -> {shlex.quote(str(result.output))}"
     )
 
@@ -206,4 +208,9 @@ def _note_skipped(result: "AverageResult", *, verbose: bool) -> None:
         if item not in plain:
             show.note(f"skipped {item['path']}: {item['reason']}")
     if plain:
-        show.note(f"skipped {len(plain)} files that are no checkpoints (see: ensemblekit inspect)")
+        files = (
+            "1 file that is no checkpoint"
+            if len(plain) == 1
+            else (f"{len(plain)} files that are no checkpoints")
+        )
+        show.note(f"skipped {files} (ensemblekit -v average names them)")

@@ -1,5 +1,6 @@
 """`ensemblekit demo`: train a small network and try everything on its snapshots."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from ensemblekit.cli import options, show
 def command(folder: str, seed: int, force: bool) -> int:
     """Train a small network on handwritten digits and try everything on its snapshots.
 
-    Everything lands in DIR [default: demo]: train.py, ensemblekit.toml, ckpts/ and the average.
+    Everything lands in DIR [default: demo]: train.py, ensemblekit.toml, ckpts/, the average, the
+    comparison and the ONNX file.
     Each command is printed, so that you can repeat it by hand.
     """
     from ensemblekit.commands.demo import environment, prepare, steps
@@ -31,5 +33,8 @@ def command(folder: str, seed: int, force: bool) -> int:
         finished = subprocess.run(step.argv, cwd=place, env=environment(), check=False)  # noqa: S603  # our own commands
         if finished.returncode:
             return finished.returncode
-    show.note(f"\nEverything is in {place}/; change train.py and run the commands above again.")
+    show.note(
+        f"\nEverything is in {place}{os.sep * (str(place) != '.')}; change train.py and run the commands "
+        "above again, with --force where something is there already."
+    )
     return 0

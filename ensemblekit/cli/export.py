@@ -268,6 +268,7 @@ def print_verification(found: dict[str, Any]) -> None:
     )
     if found["decision_flips"] is not None:
         text += f", {found['decision_flips']} decisions differ"
+        text += f" ({found['ties']} ties left out)" if found.get("ties") else ""
     click.echo(text)
     if found["metric"] is not None:
         click.echo(

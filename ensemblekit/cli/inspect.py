@@ -58,8 +58,9 @@ def command(
         f"{used} snapshots, ordered by {report.ordered_by}"
         + (f"; {others} other files" if others else "")
     )
+    failures = [error.message for error in report.errors]
     for text in report.problems:
-        show.warning(text)
+        (show.error if text in failures else show.warning)(text)
     if failed and failed.hint:
         show.note(f"hint: {failed.hint}")
     return failed.exit_code if failed else 0

@@ -273,6 +273,13 @@ def _silence(stream: TextIO) -> None:
 def _from_click(error: click.ClickException) -> EnsembleKitError:
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "ensemblekit"
+    before = {name for parameter in cli.params for name in parameter.opts}
+    if isinstance(error, click.NoSuchOption) and error.option_name in before:
+        name = path.removeprefix("ensemblekit ")
+        return UsageError(
+            f"{error.option_name} stands before the command",
+            hint=f"ensemblekit {error.option_name} {name} ...",
+        )
     return UsageError(error.format_message(), hint=f"see: {path} --help")
 
 

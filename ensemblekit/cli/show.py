@@ -29,13 +29,18 @@ def table(
         shown.add_column(column, justify="right" if numbers else "left", no_wrap=numbers)
     for row in rows:
         shown.add_row(*(Text("" if cell is None else printable(str(cell))) for cell in row))
-    width = None if sys.stdout.isatty() else 160
+    width = None if sys.stdout.isatty() else 4096  # cut to no width but a terminal's
     Console(file=sys.stdout, width=width, highlight=False).print(shown)
 
 
 def warning(text: str) -> None:
     """A warning on stderr."""
     click.echo(styled("warning: ", fg="yellow") + text, err=True)
+
+
+def error(text: str) -> None:
+    """An error on stderr."""
+    click.echo(styled("error: ", fg="red") + text, err=True)
 
 
 def styled(text: str, *, fg: str) -> str:

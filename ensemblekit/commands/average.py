@@ -24,6 +24,7 @@ from ensemblekit.dtypes import DTYPES, narrow
 from ensemblekit.errors import CheckFailedError, UsageError, one_of
 from ensemblekit.mixing import Moments
 from ensemblekit.options import ModelOptions, Progress
+from ensemblekit.schedule import early_span
 from ensemblekit.selection import Selection
 from ensemblekit.snapshots import SnapshotSet, position
 from ensemblekit.state import (
@@ -39,6 +40,8 @@ from ensemblekit.writers import folder
 from ensemblekit.writers.saving import save
 
 SAME_BASIN = 0.8  # two seeds measured 0.05 to 0.46, snapshots of one run 0.85 and more
+_FAR = 0.6
+_LIGHT = 10  # a snapshot with so many times less weight than the heaviest hardly counts
 
 
 def average(
@@ -113,6 +116,9 @@ def average(
         warnings = list(snapshots.warnings)
         plan = plan_bn(snapshots, row, bn, options, warnings)
         result = _described(snapshots, row, method, plan)
+        taken = [s for s, w in zip(snapshots.snapshots, row.weights, strict=True) if w]
+        if advice := early_span(taken, snapshots.ordered_by):
+            result = replace(result, notes=(advice,))
         terms = outgoing.terms(target, snapshots, row, method, bn, options)
         planned = replace(result, warnings=tuple(warnings))
         if early := _settled(planned, target, snapshots, terms, digests, strict=strict):
@@ -126,7 +132,10 @@ def average(
         if rank() != 0:  # of a torchrun: process 0 writes
             return replace(result, warnings=tuple(warnings))
         result = replace(
-            result, batch_norm=_bn_json(plan, measured), evaluation=tuple(measured.evaluation)
+            result,
+            batch_norm=_bn_json(plan, measured),
+            evaluation=tuple(measured.evaluation),
+            notes=(*result.notes, *measured.notes),
         )
         weights = _Weights(snapshots, row, measured, warnings, dtype=dtype, strict=strict)
         if method in averaging.CHOSEN_ON_DATA:
@@ -368,19 +377,22 @@ class _Weights:
     def done(self) -> None:
         """What all tensors together say of the snapshots."""
         self.similarity = similarity(self.snapshots, self.row, self.moments)
-        self.warnings += _basin_warnings(self.snapshots, self.similarity)
+        self.warnings += _basin_warnings(self.snapshots, self.row, self.similarity)
         if self.strict and self.warnings:
             raise CheckFailedError(f"--strict: {self.warnings[0]}")
 
 
-def _basin_warnings(snapshots: SnapshotSet, similarity: Similarity) -> list[str]:
+def _basin_warnings(snapshots: SnapshotSet, row: Row, similarity: Similarity) -> list[str]:
     found = []
-    low = min(similarity.cosines)
+    weights = [abs(w) for w in row.weights]
+    telling = [k for k, w in enumerate(weights) if w >= max(weights) / _LIGHT]
+    low = min(similarity.cosines[k] for k in telling)  # what hardly counts does no harm either
     if low < SAME_BASIN:
         name = snapshots.snapshots[similarity.cosines.index(low)].name
+        far = "is probably" if low < _FAR else "may well be"
         found.append(
             f"different basins: {name} has cosine {low:.2f} to the mean of the others "
-            f"(one run has {SAME_BASIN} and more); their average is probably worse than each of "
+            f"(one run has {SAME_BASIN} and more); their average {far} worse than each of "
             "them. Ensemble their predictions instead, or average snapshots of one run"
         )
     for name, key, ratio in similarity.outliers[:3]:

@@ -53,6 +53,15 @@ def plan_bn(
             "--bn recompute needs a model and training data",
             hint="--model FILE.py:NAME --train-data FILE.py:NAME",
         )
+    for asked, flag in (
+        (options.bn_layerwise, "--bn-layerwise"),
+        (options.channels_last, "--channels-last"),
+    ):
+        if asked and not has_data:
+            raise UsageError(
+                f"{flag} is about recomputing BatchNorm, which needs a model and training data",
+                hint="--model FILE.py:NAME --train-data FILE.py:NAME",
+            )
     wanted = bn in ("auto", "recompute", "error") and has_data and live > 0
     recompute = wanted and (stale or bn == "recompute")
     if stale and not recompute and bn != "average":

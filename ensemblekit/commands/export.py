@@ -253,6 +253,7 @@ def _in_precision(
     for old in folder.iterdir():
         if old.name != name and not old.name.startswith("variant"):
             old.unlink()
+    _check_class_names(made, options)
     made.model.metadata_props.update(_metadata(found, options))
     if options.precision == "fp32":
         saving.save(made.model, file)
@@ -284,6 +285,16 @@ def _keep(failed: Path, kept: Path) -> None:
 
     model = ir.load(failed)
     saving.save(model, kept)
+
+
+def _check_class_names(made: Made, options: ExportOptions) -> None:
+    names = options.metadata.get("class_names")
+    shape = made.model.graph.outputs[0].shape
+    if names is None or shape is None or len(shape) not in (2, 4):  # scores stand in axis 1
+        return
+    count, classes = len(json.loads(names)), shape[1]
+    if isinstance(classes, int) and count != classes:
+        raise UsageError(f"--class-names: {count} names for {classes} classes")
 
 
 def _metadata(found: Subject, options: ExportOptions) -> dict[str, str]:

@@ -62,7 +62,7 @@ def measure(
             if bn != "auto" or not sound or not _worse_on_val(found, averaged.batch_norm):
                 found.policy = "recomputed"
                 found.statistics, found.samples = dict(statistics.values), statistics.samples
-    found.warnings += _quality_warnings(found)
+    _judge(found)
     return found
 
 
@@ -108,11 +108,11 @@ def _worse_on_val(found: Measured, policy: str) -> bool:
     return len(nll) == 2 and nll["recomputed"] > nll[policy]
 
 
-def _quality_warnings(found: Measured) -> list[str]:
-    """The average against its worst member, on validation data where there are any."""
+def _judge(found: Measured) -> None:
+    """The average against its worst and its best member, on validation data where there are any."""
     splits = [e.split for e in found.evaluation]
     if not splits:
-        return []
+        return
     split = "val" if "val" in splits else "test"
     members = [e for e in found.evaluation if e.split == split and e.candidate != "average"]
     final = [
@@ -120,12 +120,19 @@ def _quality_warnings(found: Measured) -> list[str]:
         for e in found.evaluation
         if e.split == split and e.candidate == "average" and e.batch_norm == found.policy
     ]
+    if not final or not members:
+        return
     worst = min(members, key=lambda e: e.accuracy)
-    if not final or final[0].accuracy >= worst.accuracy:
-        return []
-    text = (
-        f"the average is worse than its worst member on {split}: accuracy "
-        f"{final[0].accuracy:.4f} against {worst.accuracy:.4f} ({worst.candidate}); do not ship "
-        "it. Average fewer, later snapshots (--last N), or ensemble their predictions"
-    )
-    return [text]
+    best = max(members, key=lambda e: e.accuracy)
+    own = final[0].accuracy
+    if own < worst.accuracy:
+        found.warnings.append(
+            f"the average is worse than its worst member on {split}: accuracy "
+            f"{own:.4f} against {worst.accuracy:.4f} ({worst.candidate}); do not ship "
+            "it. Average fewer, later snapshots (--last N), or ensemble their predictions"
+        )
+    elif own < best.accuracy:
+        found.notes.append(
+            f"{best.candidate} alone has the higher accuracy on {split}: {best.accuracy:.4f} against "
+            f"{own:.4f}; ensemblekit compare tells whether that is chance"
+        )

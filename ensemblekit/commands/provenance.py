@@ -173,6 +173,7 @@ def _earlier(path: Path, result: AverageResult, earlier: dict[str, Any]) -> Aver
         batch_norm=earlier["batch_norm"],
         evaluation=tuple(Evaluation(**e) for e in earlier["evaluation"]),
         warnings=tuple(earlier["warnings"]),
+        notes=tuple(earlier["notes"]),
         cosines=tuple(earlier["cosines"]),
         up_to_date=True,
     )

@@ -37,7 +37,8 @@ class AverageResult:
         parameters: In the output, tied ones once.
         batch_norm: layers, policy, samples.
         evaluation: With val or test data: each snapshot and the average.
-        warnings: What a user should know.
+        warnings: What a user should know; failures under `--strict`.
+        notes: What a user may want to know.
         cosines: Of each snapshot to the mean of the others.
         up_to_date: The output was there already and nothing was written.
         state: The averaged weights, when no output was asked for.
@@ -53,6 +54,7 @@ class AverageResult:
     batch_norm: dict[str, Any]
     evaluation: tuple[Evaluation, ...] = ()
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     cosines: tuple[float, ...] = ()
     up_to_date: bool = False
     state: dict[str, npt.NDArray[Any]] | None = None
@@ -73,3 +75,4 @@ class Measured:
     samples: int = 0
     evaluation: list[Evaluation] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
