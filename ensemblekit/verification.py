@@ -185,10 +185,7 @@ def _check_file(path: Path) -> None:
     try:
         model = onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's errors have no common base
-        raise InputError(
-            f"{path} is no ONNX file: {_words(error)}",
-            hint="name the ONNX file first: ensemblekit verify model.onnx ckpts/ --model TARGET",
-        ) from error
+        raise Unlike("file", f"{path.name} is no ONNX file: {_words(error)}") from error
     for tensor in model.graph.initializer:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue

@@ -97,7 +97,7 @@ def average(
     path = None if output is None else Path(output)
     target = outgoing.Output(path, dtype, shard_bytes, force, dry_run)
     with provenance.Digests() as digests:
-        all_taken = selection is None or selection.takes_all
+        all_taken = candidate is None and (selection is None or selection.takes_all)
         wanted = path is not None and not dry_run and rank() == 0 and all_taken
         snapshots = discover(*paths, selection=selection, seen=digests.start if wanted else None)
         if candidate is not None:
