@@ -280,6 +280,12 @@ def _from_click(error: click.ClickException) -> EnsembleKitError:
             f"{error.option_name} stands before the command",
             hint=f"ensemblekit {error.option_name} {name} ...",
         )
+    parameter = getattr(error, "param", None)
+    if context is not None and parameter is not None and parameter.name is not None:
+        source = context.get_parameter_source(parameter.name)
+        if source is click.core.ParameterSource.ENVIRONMENT:
+            text = f"{parameter.envvar}: {error.message}"
+            return UsageError(text, hint="a variable of the environment; unset it, or mend it")
     return UsageError(error.format_message(), hint=f"see: {path} --help")
 
 

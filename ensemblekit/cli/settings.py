@@ -99,4 +99,9 @@ def _checked(option: click.Option, value: Any, where: str) -> Any:
         raise UsageError(
             f"{where} = {value!r}: expected {'true or false' if option.is_flag else 'a text or a number'}"
         )
-    return value
+    if isinstance(option.type, click.types.IntParamType) and isinstance(value, float):
+        raise UsageError(f"{where} = {value!r}: expected a whole number")
+    try:
+        return option.type.convert(value, None, None)
+    except click.BadParameter as error:
+        raise UsageError(f"{where} = {value!r}: {error.message}") from error

@@ -85,12 +85,13 @@ WRONG = {
     "argument": ('checkpoints = ["elsewhere"]', "checkpoints"),
     "not-toml": ("last == 3", FILE),
     "not-utf8": ("last = 3 # \udcff", FILE),
-    "word": ('last = "three"', "--last|last"),
+    "word": ('last = "three"', f"{FILE}: last = 'three'"),
+    "fraction": ("last = 2.5", "whole number"),
     "list": ("last = [3]", "--last|last"),
     "table": ("last = {a = 3}", "--last|last"),
     "date": ("from-step = 1979-05-27", "--from-step|from-step"),
     "truth": ("last = true", "--last|last"),
-    "choice": ('method = "unifrom"', "uniform"),
+    "choice": ('method = "unifrom"', f"{FILE}: method = 'unifrom'"),
     "value-for-table": ("average = 3", "average"),
 }
 
@@ -114,4 +115,4 @@ def test_odd_pyproject(work: Path, text: str) -> None:
 def test_wrong_environment(work: Path) -> None:
     done = run("average", "ckpts", "--dry-run", cwd=work, env={"ENSEMBLEKIT_LAST": "x"})
     assert done.returncode == 2
-    assert "last" in done.stderr.lower()
+    assert "ENSEMBLEKIT_LAST: 'x'" in done.stderr
