@@ -142,18 +142,22 @@ class Candidate:
         try:
             rows = tuple(Row(tuple(r["coefficients"]), r["divisor"]) for r in value["rows"])
             policies = tuple(value["batch_norm"])
-        except (KeyError, TypeError, UsageError) as error:
+            known = all(policy in get_args(BatchNorm) for policy in policies)
+            name, combiner = value["name"], value["combiner"]
+        except (KeyError, TypeError, OverflowError, UsageError) as error:
             raise ValueError(f"no candidate: {error}") from error
-        sound = len({len(row.coefficients) for row in rows}) == 1 and len(policies) == len(rows)
-        if not sound or not set(policies) <= set(get_args(BatchNorm)):
+        one_length = len({len(row.coefficients) for row in rows}) == 1
+        if not (known and one_length and len(policies) == len(rows)):
             raise ValueError("no candidate: rows and BatchNorm policies do not go together")
-        if (value.get("combiner") is None) != (len(rows) == 1):
+        if not isinstance(name, str) or not isinstance(combiner, str | None):
+            raise ValueError("no candidate: a name or a combiner that is no text")
+        if (combiner is None) != (len(rows) == 1):
             raise ValueError("no candidate: an ensemble needs a combiner, one model has none")
         return cls(
-            value["name"],
+            name,
             rows,
             policies,
-            value["combiner"],
+            combiner,
             value.get("combiner_params") or {},
             value.get("chosen_on"),
             value.get("seed"),

@@ -121,7 +121,7 @@ def contents(folder: Path) -> dict[str, tuple[int, str]]:
 def environment(**variables: str) -> dict[str, str]:
     """The tests' own environment, without settings of the person who runs them."""
     own = {k: v for k, v in os.environ.items() if not k.startswith("ENSEMBLEKIT_")}
-    for name in ("NO_COLOR", "FORCE_COLOR", "CLICOLOR_FORCE"):
+    for name in ("NO_COLOR", "FORCE_COLOR", "CLICOLOR_FORCE", "PYTHONUNBUFFERED"):
         own.pop(name, None)
     return {**own, "COLUMNS": "200", "PYTHONPATH": str(ROOT), **variables}
 

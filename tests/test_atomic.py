@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import shutil
 import threading
@@ -265,3 +266,139 @@ def test_a_folder_that_cannot_be_synced(tmp_path: Path, monkeypatch: pytest.Monk
     sync_folder(tmp_path)
     with locked_folder(tmp_path):
         shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+# --------------------------------------------------------------------- what killed processes left
+
+LITTER = "0123456789ab"
+
+
+def litter(path: Path, name: str, *, seconds: float = 3600) -> Path:
+    """A file as SIGKILL leaves it, that many seconds ago."""
+    made = path / name
+    made.write_bytes(b"half")
+    then = time.time() - seconds
+    os.utime(made, (then, then))
+    return made
+
+
+def write(path: Path) -> None:
+    with AtomicFile(path) as file:
+        file.write_at(b"whole", 0)
+        file.rename()
+
+
+def test_old_litter_is_removed(tmp_path: Path) -> None:
+    for name in (LITTER, "ffffffffffff", temporary_name(Path("out.pt")).name[8:20]):
+        litter(tmp_path, f".out.pt.{name}.tmp")
+    write(tmp_path / "out.pt")
+    assert names(tmp_path) == ["out.pt"]
+
+
+def test_young_litter_stays(tmp_path: Path) -> None:
+    """Perhaps it is about to get its lock."""
+    left = litter(tmp_path, f".out.pt.{LITTER}.tmp", seconds=30)
+    write(tmp_path / "out.pt")
+    assert left.read_bytes() == b"half"
+
+
+@pytest.mark.parametrize("how", ["shared", "exclusive"])
+def test_files_that_someone_writes_stay(tmp_path: Path, how: str) -> None:
+    left = litter(tmp_path, f".out.pt.{LITTER}.tmp")
+    descriptor = os.open(left, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX if how == "exclusive" else fcntl.LOCK_SH)
+    try:
+        write(tmp_path / "out.pt")
+        assert left.exists()
+    finally:
+        os.close(descriptor)
+    write(tmp_path / "out.pt")
+    assert names(tmp_path) == ["out.pt"]
+
+
+def test_a_file_under_way_is_locked(tmp_path: Path) -> None:
+    """However long it takes: a second writer does not take it for litter."""
+    with AtomicFile(tmp_path / "out.pt") as first:
+        first.write_at(b"first", 0)
+        os.utime(first.temporary, (0, 0))
+        write(tmp_path / "out.pt")
+        assert first.temporary.exists()
+        first.seal().close()
+        first.rename()
+    assert (tmp_path / "out.pt").read_bytes() == b"first"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".out.pt.0123456789a.tmp",
+        ".out.pt.0123456789abc.tmp",
+        ".out.pt.0123456789AB.tmp",
+        ".out.pt.0123456789ab.tmp2",
+        ".out.pt.v2.0123456789ab.tmp",
+        ".outXpt.0123456789ab.tmp",
+        "out.pt.0123456789ab.tmp",
+        ".out.0123456789ab.tmp",
+    ],
+)
+def test_files_of_other_names_stay(tmp_path: Path, name: str) -> None:
+    left = litter(tmp_path, name)
+    write(tmp_path / "out.pt")
+    assert left.exists()
+
+
+def test_litter_that_is_no_file(tmp_path: Path) -> None:
+    """Nothing waits for a FIFO, no link is followed, no folder goes."""
+    precious = litter(tmp_path, "precious")
+    (tmp_path / ".out.pt.000000000001.tmp").symlink_to("precious")
+    (tmp_path / ".out.pt.000000000002.tmp").symlink_to("nowhere")
+    os.mkfifo(tmp_path / ".out.pt.000000000003.tmp")
+    os.utime(tmp_path / ".out.pt.000000000003.tmp", (0, 0))
+    (tmp_path / ".out.pt.000000000004.tmp").mkdir()
+    os.utime(tmp_path / ".out.pt.000000000004.tmp", (0, 0))
+    write(tmp_path / "out.pt")
+    assert precious.read_bytes() == b"half"
+    assert (tmp_path / ".out.pt.000000000004.tmp").is_dir()
+    assert (tmp_path / "out.pt").read_bytes() == b"whole"
+
+
+def test_litter_of_names_with_magic_letters(tmp_path: Path) -> None:
+    litter(tmp_path, f".o[1]*.pt.{LITTER}.tmp")
+    other = litter(tmp_path, f".o1x.pt.{LITTER}.tmp")
+    write(tmp_path / "o[1]*.pt")
+    assert names(tmp_path) == [other.name, "o[1]*.pt"]
+
+
+def test_a_folder_that_one_may_not_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One may write there nevertheless."""
+
+    def refuse(*_: object, **__: object) -> Any:
+        raise PermissionError(errno.EACCES, "no")
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    write(tmp_path / "out.pt")
+    honest = os.open
+
+    def opened(path: Any, flags: int, *more: Any, **options: Any) -> int:
+        if path == tmp_path:
+            refuse()
+        return honest(path, flags, *more, **options)
+
+    monkeypatch.setattr(os, "open", opened)
+    with locked_folder(tmp_path):
+        pass
+    monkeypatch.undo()
+    assert (tmp_path / "out.pt").read_bytes() == b"whole"
+
+
+def test_files_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on some network file systems: nobody can tell whose it is, so it stays."""
+    left = litter(tmp_path, f".out.pt.{LITTER}.tmp")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    write(tmp_path / "out.pt")
+    assert left.exists()
+    assert (tmp_path / "out.pt").read_bytes() == b"whole"

@@ -498,3 +498,31 @@ def test_output_that_may_not(path: Path, name: str, message: str, hint: str) -> 
     with pytest.raises(UsageError, match=message) as caught:
         check_output(path.parent / name, inputs=[], force=False)
     assert hint in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    "soft, most", [(16, 8), (64, 32), (1024, 512), (4, 8), (10**6, 4096), (None, 4096)]
+)
+def test_half_of_what_the_system_allows(
+    monkeypatch: pytest.MonkeyPatch, soft: int | None, most: int
+) -> None:
+    """Also where that is little: libraries in this process open files, too."""
+    resource = pytest.importorskip("resource")
+    limit = resource.RLIM_INFINITY if soft is None else soft
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
+    assert files._most_open() == most
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "link to a device"])
+@pytest.mark.parametrize("force", [False, True])
+def test_output_that_is_no_file(tmp_path: Path, kind: str, force: bool) -> None:
+    """A FIFO would wait for a reader, and a device is not to be replaced."""
+    out = tmp_path / "out.bin"
+    if kind == "fifo":
+        os.mkfifo(out)
+    elif kind == "device":
+        out = Path(os.devnull)
+    else:
+        out.symlink_to(os.devnull)
+    with pytest.raises(UsageError, match="neither a file nor a folder"):
+        check_output(out, inputs=[], force=force)

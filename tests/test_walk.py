@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ensemblekit.errors import UsageError
-from ensemblekit.walk import Place, places
+from ensemblekit.walk import Place, places, unmatched
 
 
 @pytest.fixture
@@ -176,3 +176,39 @@ def test_order_of_arguments_does_not_matter(folder: Path) -> None:
     one, _ = places(files)
     other, _ = places(files[::-1])
     assert {p.path for p in one} == {p.path for p in other}
+
+
+MANIFEST = '{\n  "ensemblekit": true,\n  "output": "net.pt"\n}\n'
+
+
+def test_manifests_among_named_files(folder: Path) -> None:
+    """As a shell gives them for `run/*`; any other JSON file that is named is a wrong argument."""
+    (folder / "net.pt.json").write_text(MANIFEST)
+    found, passed = places(["net-1.pt", "net.pt.json", "config.json"])
+    assert names(found) == ["config.json", "net-1.pt"]
+    assert [(item.name, item.reason) for item in passed] == [
+        ("net.pt.json", "what we noted of an output")
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "{}", "[1]", '{"other": 1, "ensemblekit": true}', '"ensemblekit"', "\x00" * 99],
+)
+def test_other_files_of_such_names(folder: Path, text: str) -> None:
+    (folder / "net.pt.json").write_text(text)
+    found, passed = places(["net.pt.json"])
+    assert names(found) == ["net.pt.json"]
+    assert passed == []
+
+
+def test_a_pipe_named_like_a_manifest(folder: Path) -> None:
+    """Looking into it does not wait for a writer."""
+    os.mkfifo(folder / "net.pt.json")
+    assert names(places(["net.pt.json"])[0]) == ["net.pt.json"]
+
+
+def test_patterns_that_match_nothing(folder: Path) -> None:
+    patterns = ["net-*", "READ*", "old/*", "*.bin", "nothing", "net-1"]
+    found, passed = places([folder], exclude=patterns)
+    assert unmatched(patterns, [*found, *passed]) == ["nothing", "net-1"]

@@ -180,14 +180,15 @@ def run(argv: list[str]) -> int:
     try:
         if asked := os.environ.get(_COMPLETE):
             one_of(asked, _COMPLETIONS, what=_COMPLETE)
-        result = cli.main(args=argv, prog_name="ensemblekit", standalone_mode=False)
+        try:
+            result = cli.main(args=argv, prog_name="ensemblekit", standalone_mode=False)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message())
+            result = 0
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except EnsembleKitError as error:
         return _report(error)
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message())
-        return 0
     except click.ClickException as error:
         return _report(_from_click(error))
     except (KeyboardInterrupt, click.Abort):
@@ -205,6 +206,11 @@ def run(argv: list[str]) -> int:
     except MemoryError:
         return _report(MachineError("out of memory", hint="try --batch-size 32"))
     except OSError as error:
+        try:
+            sys.stdout.flush()
+        except OSError:  # it is stdout that has no room
+            _silence(sys.stdout)
+            _Run.as_json = False
         return _report(MachineError(str(error)))
     except Exception:  # noqa: BLE001  # the one place where our own bugs come out
         if _Run.interrupted:

@@ -5,6 +5,7 @@ there is no terminal.
 """
 
 import contextlib
+import ctypes
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -88,11 +89,14 @@ def own_stdout() -> Iterator[None]:
         with contextlib.redirect_stdout(sys.stderr):
             yield
         return
-    kept = os.dup(1)
+    shown, kept = sys.stdout, os.dup(1)
     os.dup2(other, 1)
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
+        shown.flush()  # what others hold of it is theirs
+        with contextlib.suppress(AttributeError, OSError, TypeError):  # no C library to ask
+            ctypes.CDLL(None).fflush(None)
         os.dup2(kept, 1)
         os.close(kept)

@@ -57,7 +57,9 @@ def take(name: str, source: Path, found: SnapshotSet) -> Chosen:
         candidate = Candidate.from_json(rows[name]["candidate"])
         samples = int(rows[name]["batch_norm"]["samples"])
         files = [(s["sha256"], s["weights"], s["name"]) for s in comparison["snapshots"]]
-    except (ValueError, KeyError, TypeError) as error:
+        if not all(isinstance(text, str) for one in files for text in one):
+            raise ValueError("a snapshot whose digest is no text")
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise InputError(f"{path}: {name} is damaged ({error})") from error
     if len(files) != len(candidate.rows[0].coefficients):
         raise InputError(f"{path}: {name} is damaged: it is not over its {len(files)} snapshots")

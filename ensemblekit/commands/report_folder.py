@@ -159,7 +159,8 @@ def read_statistics(
     if noted is None:
         return {}
     path = folder / STATISTICS_NAME
-    if not path.is_file() or _sha256(path) != noted["sha256"]:
+    wanted = noted.get("sha256") if isinstance(noted, dict) else None
+    if not path.is_file() or _sha256(path) != wanted:
         raise InputError(
             f"{path} is not the file that {JSON_NAME} was written with",
             hint="run compare again, or keep the folder together",

@@ -205,7 +205,11 @@ def _partial(path: Path, request: str) -> Iterator[Path]:
 def _drop_others(path: Path, own: Path) -> None:
     """Parts of stopped runs that wanted another content of the same name are of no use any more."""
     ours = re.compile(re.escape(f".{path.name}.") + r"[0-9a-f]{12}\.partial")
-    for other in path.parent.iterdir():
+    try:
+        entries = list(path.parent.iterdir())
+    except OSError:  # one may write there, and not look
+        return
+    for other in entries:
         if other == own or not ours.fullmatch(other.name) or other.is_symlink():
             continue
         with contextlib.suppress(OSError):  # another user's: none of our business

@@ -25,7 +25,7 @@ from ..helpers import (
 
 KEYS = {
     "schema_version", "output", "sha256", "method", "snapshots", "skipped", "tensors",
-    "parameters", "batch_norm", "evaluation", "warnings",
+    "parameters", "batch_norm", "evaluation", "warnings", "notes",
 }  # fmt: skip
 
 
@@ -106,6 +106,99 @@ def test_up_to_date(work: Path) -> None:
     assert run("average", "ckpts", cwd=work).returncode == 2
     assert run("average", "ckpts", "--force", cwd=work).returncode == 0
     assert contents(work)["averaged.safetensors"] != before["averaged.safetensors"]
+
+
+def test_dry_run_of_what_is_there(work: Path) -> None:
+    assert run("average", "ckpts", cwd=work).returncode == 0
+    before = contents(work)
+    done = run("average", "ckpts", "--dry-run", cwd=work)
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-1].startswith("up to date: 6 snapshots")
+    assert run_json("average", "ckpts", "--dry-run", cwd=work)["up_to_date"]
+    assert run("average", "ckpts", "--last", "2", "--dry-run", cwd=work).returncode == 2
+    assert contents(work) == before
+
+
+def test_strict_holds_for_a_dry_run(bn_work: Path) -> None:
+    line = ("average", "ckpts", "--dry-run", "--strict")
+    done = run(*line, cwd=bn_work)
+    assert (done.returncode, done.stdout) == (5, "")
+    assert run(*line, "--bn", "average", cwd=bn_work).returncode == 0
+    assert run("average", "ckpts", cwd=bn_work).returncode == 0
+    assert run(*line, cwd=bn_work).returncode == 5
+
+
+@pytest.mark.parametrize("name", ["averaged.safetensors", "out.pt", "out"])
+def test_all_that_a_shell_finds(work: Path, name: str) -> None:
+    """`ckpts/*` of the second run names the output and the manifest of the first."""
+    out = f"ckpts/{name}"
+    for n in range(3):
+        files = sorted(f"ckpts/{path.name}" for path in (work / "ckpts").iterdir())
+        done = run("average", *files, "-o", out, "--dtype", "bfloat16", cwd=work)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("up to date: 6" if n else "averaged 6")
+        assert (f"skipped {out}.json: what we noted of an output" in done.stderr) == (n > 0)
+
+
+def test_an_output_of_another_type_among_the_checkpoints(work: Path) -> None:
+    line = ("average", "ckpts", "-o", "ckpts/averaged.safetensors", "--dtype", "bfloat16")
+    assert run(*line, cwd=work).returncode == 0
+    assert run(*line, cwd=work).stdout.startswith("up to date")
+    assert run("average", "ckpts", "-o", "other.pt", cwd=work).returncode == 0
+    rows = run_json("inspect", "ckpts", cwd=work)["snapshots"]
+    [own] = [row for row in rows if row["path"].endswith("averaged.safetensors")]
+    assert (own["status"], own["reason"]) == ("skipped", "is an average already, says the file")
+
+
+def test_early_snapshots_are_noted(tmp_path: Path) -> None:
+    """A remark, no warning: `--strict` goes by warnings."""
+    import torch
+
+    (tmp_path / "ckpts").mkdir()
+    for step in (100, 5000, 9000, 10_000):
+        state = {"w": torch.ones(3) + step * 1e-6}
+        write_torch(tmp_path / f"ckpts/snap_{step}.pt", {"model": state, "step": step})
+    line = ("average", "ckpts", "--strict")
+    value = run_json(*line, "-o", "a.pt", cwd=tmp_path)
+    assert value["warnings"] == []
+    [note] = value["notes"]
+    assert "begin early (step 100 of 10000)" in note
+    assert json.loads((tmp_path / "a.pt.json").read_text())["notes"] == [note]
+    for more in ([], ["--dry-run"]):  # now it is up to date
+        done = run(*line, "-o", "a.pt", *more, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, note + "\n")
+    assert run("-q", *line, "-o", "b.pt", cwd=tmp_path).stderr == ""
+    assert run_json(*line, "-o", "c.pt", "--last", "3", cwd=tmp_path)["notes"] == []
+
+
+def test_a_pattern_that_excludes_nothing(work: Path) -> None:
+    line = ("average", "ckpts", "--exclude", "*_1.*", "--exclude", "snpa_*")
+    done = run(*line, cwd=work)
+    assert done.returncode == 0
+    assert done.stderr.splitlines()[0] == "warning: --exclude 'snpa_*' matches none of the files"
+    assert "averaged 5 snapshots" in done.stdout
+    assert run(*line, "--strict", "-o", "b.pt", cwd=work).returncode == 5
+    done = run("inspect", "ckpts", "--exclude", "snpa_*", cwd=work)
+    assert "warning: --exclude 'snpa_*' matches none of the files" in done.stderr
+
+
+@pytest.mark.parametrize("flag", ["-v", "--verbose", "-q", "--quiet", "--config"])
+@pytest.mark.parametrize("name", ["average", "inspect"])
+def test_a_flag_behind_the_command(work: Path, name: str, flag: str) -> None:
+    done = run(name, "ckpts", flag, cwd=work)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: {flag} stands before the command\nhint: ensemblekit {flag} {name} ...\n"
+    )
+
+
+@pytest.mark.parametrize("flag", ["--bn-layerwise", "--channels-last"])
+def test_flags_of_what_is_not_done(bn_work: Path, flag: str) -> None:
+    """Nothing is recomputed without data."""
+    done = run("average", "ckpts", flag, cwd=bn_work)
+    assert done.returncode == 2
+    assert f"{flag} is about recomputing" in done.stderr
+    assert "--train-data" in done.stderr
 
 
 def test_strict(bn_work: Path) -> None:

@@ -253,6 +253,18 @@ def test_class_names_and_facts(here: Path, call: Call) -> None:
         assert (found["mean"], found["a"]) == ("0.5,0.4", "b=c")
 
 
+@pytest.mark.parametrize("names", [["a", "b", "c"], ["a", "b", "c", "d", "e"], []])
+@pytest.mark.parametrize("kind", [[], ["--ensemble", "--output-kind", "probabilities"]])
+def test_class_names_of_another_count(
+    here: Path, call: Call, names: list[str], kind: list[str]
+) -> None:
+    Path("names.json").write_text(json.dumps(names))
+    code, out, err = call(*EXPORT, *kind, "--class-names", "names.json")
+    assert (code, out) == (2, "")
+    assert f"--class-names: {len(names)} names for 4 classes" in err
+    assert left_behind(here) == ["names.json"]
+
+
 def test_settings_from_the_environment(
     here: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -698,6 +710,15 @@ def test_a_triton_folder_that_cannot_be(here: Path, call: Call, nature: str) -> 
 
 
 # ---------------------------------------------------------------------------------- verify
+
+
+def test_verify_of_what_is_no_onnx(here: Path, call: Call) -> None:
+    for name in ("net.py", "ckpts/snap_1.pt"):
+        code, out, err = call("verify", name, "ckpts", *MODEL, *VAL, "--json")
+        assert (code, err) == (5, "")
+        failed = json.loads(out)["verification"]["failed"]
+        assert failed["check"] == "file"
+        assert call("verify", name, "ckpts", *MODEL, *VAL)[0] == 5
 
 
 def test_verify_says_what_it_found(here: Path, call: Call) -> None:

@@ -71,11 +71,15 @@ def writing(out: Path) -> bool:
 
 
 def default_signals() -> None:
-    """Shells start what stands before `&` with SIGINT ignored."""
+    """Shells start what stands before `&` with SIGINT ignored, and `nohup` what it starts."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+
+
+@pytest.mark.parametrize("number, code", SIGNALS)
 @pytest.mark.parametrize("phase", ["reading", "writing"])
 def test_signal(large: Path, tmp_path: Path, number: signal.Signals, code: int, phase: str) -> None:
     out = tmp_path / "out.safetensors"
@@ -100,6 +104,41 @@ def test_signal(large: Path, tmp_path: Path, number: signal.Signals, code: int, 
     assert "nothing half-written" in errors
     assert contents(tmp_path) == before
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("number, code", SIGNALS)
+def test_signal_as_json(large: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
+    """Exactly one object, as always; that it is no result says the exit code, too."""
+    with subprocess.Popen(
+        command("average", large, "-o", tmp_path / "out.pt", "--json"), stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, env=environment(), preexec_fn=default_signals,  # noqa: PLW1509
+    ) as process:  # fmt: skip
+        while not reading(process.pid) and process.poll() is None:
+            time.sleep(0.002)
+        process.send_signal(number)
+        output, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors.strip()) == (code, "")  # click ends the line of a `^C`
+    value = json.loads(output)
+    assert value.keys() == {"schema_version", "error"}
+    assert value["error"]["kind"] == ("interrupted" if number == signal.SIGINT else "terminated")
+    assert "nothing half-written" in value["error"]["message"]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_is_ignored(large: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """As `nohup` asks for, and a shell for a job in the background."""
+    with subprocess.Popen(
+        command("average", large, "-o", tmp_path / "out.pt"), stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, env=environment(),
+        preexec_fn=lambda: signal.signal(number, signal.SIG_IGN),  # noqa: PLW1509
+    ) as process:  # fmt: skip
+        while not reading(process.pid) and process.poll() is None:
+            time.sleep(0.002)
+        process.send_signal(number)
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert output.startswith("averaged 6 snapshots")
 
 
 def test_an_interrupt_does_not_wait_for_all_tensors(tmp_path: Path) -> None:

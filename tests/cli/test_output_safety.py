@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import resource
@@ -80,7 +81,9 @@ def test_two_writers_of_the_same(work: Path) -> None:
     assert not list(work.glob(".*"))
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_stopped_between_shards(tmp_path: Path, number: signal.Signals, code: int) -> None:
     """What is finished stays, hidden; the same command goes on with it."""
     write_series(tmp_path / "ckpts", 4, size=400_000)
@@ -88,7 +91,7 @@ def test_stopped_between_shards(tmp_path: Path, number: signal.Signals, code: in
     with subprocess.Popen(
         command(*line), cwd=tmp_path, env=environment(), stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # noqa: PLW1509
     ) as process:  # fmt: skip
         while process.poll() is None and not list(tmp_path.glob(".out.*.partial/progress.json")):
             time.sleep(0.001)
@@ -191,3 +194,48 @@ def test_an_output_that_is_an_input(work: Path, name: str) -> None:
     assert done.returncode == 2
     assert "input" in done.stderr
     assert contents(work) == before
+
+
+@pytest.mark.parametrize("name", ["out.pt", "out.safetensors", "out"])
+def test_what_killed_runs_left_is_cleared_away(work: Path, name: str) -> None:
+    """By the next run of that name that writes; not what a run that lives holds."""
+    then = time.time() - 3600
+    old, note, held, young = (
+        work / f".{stem}.{k:012x}.tmp" for k, stem in enumerate((name, f"{name}.json", name, name))
+    )
+    for file in (old, note, held, young):
+        file.write_bytes(b"half")
+    for file in (old, note, held):
+        os.utime(file, (then, then))
+    descriptor = os.open(held, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        assert run("average", "ckpts", "-o", "another.pt", cwd=work).returncode == 0
+        assert all(file.exists() for file in (old, note, held, young))
+        assert run("average", "ckpts", "-o", name, cwd=work).returncode == 0
+    finally:
+        os.close(descriptor)
+    folder = name == "out"  # whose files are written in a hidden folder of their own
+    left = set(work.glob(".*.tmp"))
+    assert left == ({old} if folder else set()) | {held, young}
+    assert sound(work / name)
+
+
+def test_killed_while_it_writes(tmp_path: Path) -> None:
+    """What SIGKILL leaves is litter a minute later."""
+    write_series(tmp_path / "ckpts", 4, size=2_000_000)
+    line = ("average", "ckpts", "-o", "out.pt")
+    with subprocess.Popen(
+        command(*line), cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        while process.poll() is None and not list(tmp_path.glob(".out.pt.*.tmp")):
+            time.sleep(0.001)
+        process.kill()
+    left = list(tmp_path.glob(".out.pt.*.tmp"))
+    if not left:
+        pytest.skip("it was done before the signal came")
+    for file in left:
+        os.utime(file, (0, 0))
+    assert run(*line, "--force", cwd=tmp_path).returncode == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpts", "out.pt", "out.pt.json"]

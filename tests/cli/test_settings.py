@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -76,6 +77,44 @@ def test_json_by_setting(work: Path) -> None:
     (work / FILE).write_text("json = true")
     done = run("average", "ckpts", "--dry-run", cwd=work)
     assert done.stdout.startswith('{"schema_version": 1')
+
+
+@pytest.mark.parametrize(
+    "file, text, env",
+    [
+        (FILE, "json = true", {}),
+        (FILE, "[average]\njson = true", {}),
+        (PROJECT, "[tool.ensemblekit]\njson = true", {}),
+        (FILE, "", {"ENSEMBLEKIT_JSON": "1"}),
+    ],
+)
+@pytest.mark.parametrize(
+    "line, kind, code",
+    [
+        (["average", "nosuch"], "usage", 2),
+        (["average", "ckpts", "--nosuch"], "usage", 2),
+        (["average", "ckpts", "--bn", "error"], "check-failed", 5),
+        (["average", "junk.pt"], "damaged", 3),
+    ],
+    ids=["path", "option", "check", "file"],
+)
+def test_errors_are_json_by_setting(
+    tmp_path: Path, file: str, text: str, env: dict[str, str], line: list[str], kind: str, code: int
+) -> None:
+    write_series(tmp_path / "ckpts", batch_norm=True)
+    (tmp_path / "junk.pt").write_bytes(b"PK\x03\x04junk")
+    (tmp_path / file).write_text(text)
+    done = run(*line, cwd=tmp_path, env=env)
+    assert (done.returncode, done.stderr) == (code, ""), done.stdout + done.stderr
+    assert json.loads(done.stdout)["error"]["kind"] == kind
+
+
+def test_json_of_another_command_is_its_own(work: Path) -> None:
+    (work / FILE).write_text("[inspect]\njson = true")
+    done = run("average", "nosuch", cwd=work)
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: nosuch")
+    assert run("inspect", "nosuch", cwd=work).stdout.startswith('{"schema_version": 1')
 
 
 WRONG = {

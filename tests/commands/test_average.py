@@ -218,6 +218,33 @@ class TestWarnings:
         assert "different basins" in warning
         assert "seed_" in warning
 
+    @pytest.mark.parametrize(
+        "coefficients, warned",
+        [
+            ((1, 11, 11, 11), False),
+            ((1, 10, 10, 10), True),
+            ((1, 1, 1, 1), True),
+            ((0, 1, 1, 1), False),
+            ((-1, 20, 20, 20), False),
+            ((-1, 2, 2, 2), True),
+            ((9, 1, 1, 1), True),
+        ],
+    )
+    def test_what_hardly_counts_does_no_harm(
+        self, tmp_path: Path, coefficients: tuple[float, ...], warned: bool
+    ) -> None:
+        """Moving averages give the first snapshots next to nothing."""
+        centre = np.random.default_rng(9).normal(size=(20, 20))
+        for k in range(4):
+            own = np.random.default_rng(k).normal(size=(20, 20))
+            array = own if k == 0 else centre + 0.05 * own
+            arrays = {"w": array.astype(np.float32)}
+            write_safetensors(tmp_path / f"snap_{k}.safetensors", arrays)
+        rule = {"coefficients": tuple(map(float, coefficients))}
+        warnings = average(tmp_path, method="weighted", rule_options=rule).warnings
+        assert [w for w in warnings if "different basins: snap_0" in w] == list(warnings)
+        assert bool(warnings) == warned
+
     def test_outlier(self, tmp_path: Path) -> None:
         for k in range(4):
             arrays = make_arrays(k)

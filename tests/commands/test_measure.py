@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import ensemblekit
 from ensemblekit import ModelOptions
 from ensemblekit.cli.main import run
-from ensemblekit.commands.result import AverageResult
+from ensemblekit.commands.measure import _judge
+from ensemblekit.commands.result import AverageResult, Evaluation, Measured
 from ensemblekit.errors import EnsembleKitError
 from ensemblekit.targets import _file, parse
 from tests import helpers
@@ -336,6 +337,60 @@ def test_an_average_below_its_worst_member_is_called_out(here: Path, trained: Ru
     assert "on val" in text
 
 
+def figures(*pairs: tuple[str, float], split: str = "val") -> list[Evaluation]:
+    return [Evaluation(name, "none", split, 100, accuracy, 1.0) for name, accuracy in pairs]
+
+
+@pytest.mark.parametrize(
+    "average_, warned, noted",
+    [(0.95, 0, 0), (0.9, 0, 0), (0.85, 0, 1), (0.8, 0, 1), (0.75, 1, 0)],
+)
+def test_judgement(average_: float, warned: int, noted: int) -> None:
+    """Below the best snapshot is worth a remark, below the worst one a warning."""
+    members = (("a.pt", 0.8), ("b.pt", 0.9))
+    found = Measured("none", evaluation=figures(*members, ("average", average_)))
+    _judge(found)
+    assert (len(found.warnings), len(found.notes)) == (warned, noted)
+    assert all("b.pt alone" in t and f"0.9000 against {average_:.4f}" in t for t in found.notes)
+
+
+def test_judgement_is_by_validation_data() -> None:
+    test = figures(("a.pt", 0.9), ("b.pt", 0.9), ("average", 0.1), split="test")
+    found = Measured("none", evaluation=[*test, *figures(("a.pt", 0.5), ("average", 0.6))])
+    _judge(found)
+    assert (found.warnings, found.notes) == ([], [])
+    found = Measured("none", evaluation=test)
+    _judge(found)
+    assert "on test" in found.warnings[0]
+
+
+def test_judgement_is_of_what_is_written() -> None:
+    """Not of the average with the other statistics."""
+    average_ = [Evaluation("average", kind, "val", 9, a, 1.0) for kind, a in BOTH]
+    found = Measured("recomputed", evaluation=[*figures(("a.pt", 0.5), ("b.pt", 0.6)), *average_])
+    _judge(found)
+    assert (found.warnings, found.notes) == ([], [])
+
+
+BOTH = (("averaged", 0.1), ("recomputed", 0.7))
+
+
+def test_a_better_snapshot_is_noted(here: Path, trained: Run) -> None:
+    """One snapshot sees the first class only; the average does, too, and is not worse than it."""
+    for number, bias in ((1, 0.0), (2, 1000.0)):
+        state = {key: value.clone() for key, value in trained.weights[3].items()}
+        state["fc.bias"][0] += bias
+        torch.save({"step": number, "state_dict": state}, f"ckpts/snap_{number}.pt")
+    for name in ("snap_3.pt", "snap_4.pt"):
+        Path("ckpts", name).unlink()
+    result = average("average", "out.pt", **VAL)
+    [note] = result.notes
+    assert "snap_1.pt alone has the higher accuracy on val" in note
+    assert not any("accuracy" in text for text in result.warnings)
+    assert result.to_json()["notes"] == (note,)
+    assert average("average", "out.pt", **VAL).notes == (note,)
+
+
 def test_good_averages_draw_no_warning(here: Path) -> None:
     assert average(**TRAIN | VAL | TEST).warnings == ()
 
@@ -620,6 +675,26 @@ def test_json_stays_one_object_whatever_their_code_prints(cli: Callable[..., Ran
     done = cli("--model", "net.py:chatty", *DATA, "--json")
     assert json.loads(done.out)["batch_norm"]["policy"] == "recomputed"
     assert "building the model" in done.err
+
+
+def test_what_other_processes_print_goes_to_stderr(here: Path) -> None:
+    """Stdout is one JSON object, whatever a data set starts or writes by descriptor."""
+    with Path("net.py").open("a") as file:
+        file.write(
+            "\nimport os, subprocess\n"
+            "def loud(split):\n"
+            "    print('printed')\n"
+            "    os.write(1, b'written by descriptor')\n"
+            "    subprocess.run(['echo', 'of another process'], check=True)\n"
+            "    return data(split)\n"
+        )
+    line = ("average", "ckpts", "--device", "cpu", *MODEL, "--val-data", "net.py:loud")
+    done = helpers.run(*line, "-o", "out.pt", "--json", cwd=here)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    assert json.loads(done.stdout)["output"] == "out.pt"
+    for text in ("printed", "written by descriptor", "of another process"):
+        assert text in done.stderr
 
 
 def test_arrays_from_a_file(cli: Callable[..., Ran], trained: Run) -> None:

@@ -256,6 +256,17 @@ def test_nothing_is_imported(tmp_path: Path) -> None:
         (b"\x95\xff\x00\x00\x00\x00\x00\x00\x00.", "a frame runs past the end"),
         (b"Iabc\n.", "not what its opcode says"),
         (b"I" + b"9" * 5000 + b"\n.", "not what its opcode says"),
+        (b"I" + b"9" * 4300 + b"\n.", "not what its opcode says"),
+        (b"I-" + b"9" * 2000 + b"\n.", "not what its opcode says"),
+        (b"L" + b"9" * 2001 + b"L\n.", "not what its opcode says"),
+        (
+            b"\x8b" + (1025).to_bytes(4, "little") + b"\x01" * 1025 + b".",
+            "an integer of 1025 bytes",
+        ),
+        (
+            b"\x8b" + (2077).to_bytes(4, "little") + b"\xff" * 2077 + b".",
+            "an integer of 2077 bytes",
+        ),
         (b"NNa.", "appends to"),
         (b"}]Ns.", "a list as a key"),
         (b"}(Nu.", "without a value"),
@@ -268,6 +279,23 @@ def test_nothing_is_imported(tmp_path: Path) -> None:
 def test_malformed(data: bytes, message: str) -> None:
     with pytest.raises(DamagedError, match=message):
         load(data)
+
+
+@pytest.mark.parametrize(
+    "data, value",
+    [
+        (b"\x8b" + (1024).to_bytes(4, "little") + b"\xff" * 1024 + b".", -1),
+        (pickle.dumps(2 ** (8 * 1024 - 1) - 1, 2), 2 ** (8 * 1024 - 1) - 1),
+        (pickle.dumps(-(2 ** (8 * 255 - 1)), 2), -(2 ** (8 * 255 - 1))),
+        (b"I" + b"9" * 2000 + b"\n.", 10**2000 - 1),
+        (b"L-" + b"9" * 1999 + b"L\n.", 1 - 10**1999),
+    ],
+    ids=["LONG4 of ones", "LONG4", "LONG1", "I", "L"],
+)
+def test_large_integers(data: bytes, value: int) -> None:
+    """As far as Python would write their digits."""
+    assert load(data) == value
+    assert str(load(data))
 
 
 @settings(max_examples=200, deadline=None)

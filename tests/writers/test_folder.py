@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -366,6 +367,28 @@ def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
     assert (tmp_path / "out").read_text() == "precious"
 
 
+@pytest.mark.parametrize("filled", [False, True])
+def test_a_mount_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, filled: bool) -> None:
+    """It cannot change its name: said before any work is done."""
+    out, run = tmp_path / "my out", write_series(tmp_path / "run")
+    if filled:
+        put(out)
+    else:
+        out.mkdir()
+    before = contents(tmp_path)
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == out)
+    filler = Arrays(ARRAYS)
+    for options in ({}, {"dry_run": True}):
+        with pytest.raises(UsageError, match="mount point") as raised:
+            average(run, out, force=True, **options)  # type: ignore[arg-type]
+        assert raised.value.hint == f"-o '{out}/averaged'"
+    with pytest.raises(UsageError, match="mount point"):
+        put(out, filler, force=True, request="b" * 64)
+    assert filler.asked == []
+    assert contents(tmp_path) == before
+    assert not partials(tmp_path)
+
+
 @pytest.mark.parametrize(
     "filled",
     [
@@ -479,6 +502,16 @@ def test_damaged_parts_are_made_again(tmp_path: Path, file: str, how: str) -> No
     assert not partials(tmp_path)
 
 
+def test_a_folder_among_the_parts(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        put(out, Stopped(2, KeyboardInterrupt()))
+    (partials(tmp_path)[0] / "stray/deep").mkdir(parents=True)
+    put(out)
+    assert "stray" not in names(out)
+    assert same(read(out))
+
+
 @pytest.mark.parametrize("name", [".model-00003-of-00003.safetensors.0123456789ab.tmp", "stray"])
 def test_leftovers_among_the_parts_are_not_shown(tmp_path: Path, name: str) -> None:
     """After SIGKILL within a shard its temporary file stands beside the finished ones."""
@@ -499,6 +532,61 @@ def test_another_request_does_not_take_them_up_but_clears_them_away(tmp_path: Pa
     put(out, filler, request="b" * 64)
     assert len(filler.asked) == 3
     assert names(tmp_path) == ["out", "out.json"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".out.v2.0123456789ab.partial",
+        ".out.0123456789a.partial",
+        ".out.0123456789abc.partial",
+        ".out.0123456789AB.partial",
+        ".outer.0123456789ab.partial",
+        "out.0123456789ab.partial",
+    ],
+)
+def test_folders_that_only_look_like_parts_stay(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "progress.json").write_text("{}")
+    put(tmp_path / "out")
+    assert (tmp_path / name / "progress.json").exists()
+
+
+def test_what_has_the_name_of_parts_and_is_no_folder(tmp_path: Path) -> None:
+    """Nothing waits for a FIFO, and no link is followed."""
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious/file").write_text("")
+    (tmp_path / ".out.000000000001.partial").symlink_to("nowhere")
+    (tmp_path / ".out.000000000002.partial").symlink_to("precious")
+    os.mkfifo(tmp_path / ".out.000000000003.partial")
+    (tmp_path / ".out.000000000004.partial").write_text("")
+    (tmp_path / ".out.000000000005.partial").mkdir()
+    put(tmp_path / "out")
+    assert same(read(tmp_path / "out"))
+    assert (tmp_path / "precious/file").exists()
+    assert not (tmp_path / ".out.000000000005.partial").exists()
+
+
+def test_parts_of_names_with_magic_letters(tmp_path: Path) -> None:
+    for name in (".o[1]*.0123456789ab.partial", ".o1x.0123456789ab.partial"):
+        (tmp_path / name).mkdir()
+    put(tmp_path / "o[1]*")
+    assert names(tmp_path) == [".o1x.0123456789ab.partial", "o[1]*", "o[1]*.json"]
+
+
+def test_a_folder_that_one_may_not_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of others cannot be found there; the output is in place all the same."""
+    honest = Path.iterdir
+
+    def iterdir(self: Path) -> Iterator[Path]:
+        if self == tmp_path:
+            raise PermissionError(errno.EACCES, "no")
+        return honest(self)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    put(tmp_path / "out")
+    monkeypatch.undo()
+    assert same(read(tmp_path / "out"))
 
 
 def test_parts_of_other_names_stay(tmp_path: Path) -> None:

@@ -135,6 +135,19 @@ def test_what_is_not_plain_is_left_and_named(tmp_path: Path, name: str) -> None:
     assert "hyper_parameters.deep.odd" in warning
 
 
+@pytest.mark.parametrize("digits", [254, 300, 1024])
+def test_integers_too_large_for_the_format(tmp_path: Path, digits: int) -> None:
+    hyper = {"lr": 0.1, "seed": 1 << (8 * digits - 2)}
+    result = average(of(tmp_path / "run", hyper_parameters=hyper), tmp_path / "out.ckpt")
+    found = opened(tmp_path / "out.ckpt")
+    fits = digits == 254
+    assert found["hyper_parameters"] == (hyper if fits else {"lr": 0.1})
+    assert [w for w in result.warnings if "not carried along" in w and "seed" in w] == list(
+        result.warnings
+    )
+    assert len(result.warnings) == (0 if fits else 1)
+
+
 def test_said_on_the_command_line(tmp_path: Path) -> None:
     of(tmp_path / "run", hyper_parameters={"lr": 0.1, "odd": Setting()})
     done = run("average", "run", "-o", "out.ckpt", cwd=tmp_path)

@@ -114,6 +114,16 @@ def test_an_endless_integer() -> None:
     assert pickle.loads(pickled(1 << 2030)) == 1 << 2030
 
 
+@pytest.mark.parametrize("bits", [64, 2031, 2032, 2033, 2040, 8 * 300])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_integers_that_are_plain_can_be_written(bits: int, sign: int) -> None:
+    """Up to the limit, and not one bit further: else a run would end with an error at its end."""
+    for value in (sign * (1 << (bits - 1)), sign * ((1 << bits) - 1)):
+        assert is_plain([value]) == (bits <= 2032)
+        if is_plain([value]):
+            assert pickle.loads(pickled([value])) == [value]
+
+
 def test_only_plain_opcodes() -> None:
     """Nothing is imported for plain values, so that any reader takes them."""
     import pickletools
