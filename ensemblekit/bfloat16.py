@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ensemblekit.dtypes import DTYPES, narrow
+from ensemblekit.dtypes import DTYPES, to_bfloat16
 from ensemblekit.mixing import Bytes, NotRegular, Scratch
 
 KIND = DTYPES["bfloat16"].numpy
@@ -51,12 +51,18 @@ def mean(block_KB: Bytes, scratch: Scratch) -> Bytes:
     upper_H |= lower_H
     result_N = upper_H.view(np.uint16)
     if doubtful.size:
-        values_KN = block_KB.view(KIND)[:, doubtful].astype(np.float64)
-        total_N = np.full(doubtful.size, -0.0)
-        for values_N in values_KN:
-            total_N += values_N
-        result_N[doubtful] = narrow(total_N / count, KIND).view(np.uint16)
+        result_N[doubtful] = _in_float64(block_KB.view(np.uint16)[:, doubtful])
     return result_N.view(np.uint8)
+
+
+def _in_float64(bits_KN: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint16]:
+    """Bits of the means, summed from the first snapshot to the last."""
+    values_KN = (bits_KN.astype(np.uint32) << 16).view(np.float32)
+    mean_N = np.zeros(bits_KN.shape[1])  # which is not -0: no doubt is about zeros alone
+    for values_N in values_KN:
+        mean_N += values_N
+    mean_N /= len(bits_KN)
+    return to_bfloat16(mean_N, mean_N.astype(np.float32), np.empty(mean_N.shape, np.uint16))
 
 
 def _doubtful(
