@@ -98,13 +98,15 @@ class Filling:
         for offset, data in frame:
             self.file.write_at(data, offset)
         source, digest, sound, end = self.file.seal(), sha256(), True, 0
+        buffer = memoryview(bytearray(_BLOCK))
         parts: list[tuple[int, int, int]] = [(o, len(d), crc32(d)) for o, d in frame]
         parts += [(*self.layout.places[key], crc) for key, crc in self._checksums.items()]
         for start, nbytes, expected in sorted(parts):
             assert start == end, "frame and tensors fill the file without gaps"
             total, end = 0, start + nbytes
             for place in range(start, end, _BLOCK):
-                data = source.read(place, min(_BLOCK, end - place))
+                data = buffer[: min(_BLOCK, end - place)]
+                source.read_into(data, place)
                 digest.update(data)
                 total = crc32(data, total)
             sound = sound and total == expected
