@@ -12,15 +12,16 @@ import numpy as np
 import numpy.typing as npt
 
 from ensemblekit.dtypes import DTYPES, to_bfloat16
-from ensemblekit.mixing import Bytes, NotRegular, Scratch
+from ensemblekit.mixing import Bytes, Moments, NotRegular, Scratch
 
 KIND = DTYPES["bfloat16"].numpy
 _MOST_SNAPSHOTS = 64
 _HUGE = 0x7180  # bits of 2^100: the sum of such values could leave float32
+_LARGE = 0x5000  # bits of 2^33: the sum of their squares could
 _MOST_DOUBTS = 32  # when one element in so many is summed twice, float64 alone is quicker
 
 
-def mean(block_KB: Bytes, scratch: Scratch) -> Bytes:
+def mean(block_KB: Bytes, scratch: Scratch, moments: Moments | None = None) -> Bytes:
     """The mean of K snapshots, to the bit the one that `mixing` makes in float64.
 
     A bfloat16 has 8 digits. K of them whose exponents differ by g at most have a sum of less than
@@ -31,6 +32,7 @@ def mean(block_KB: Bytes, scratch: Scratch) -> Bytes:
     Args:
         block_KB: K rows of bytes.
         scratch: Holds the result until the next call.
+        moments: Added to, in float32; None where other blocks of the tensor tell enough.
 
     Raises:
         NotRegular: Nothing was done: NaN, Inf, very large values, too many doubts or snapshots, or
@@ -40,12 +42,13 @@ def mean(block_KB: Bytes, scratch: Scratch) -> Bytes:
     if block_KB.shape[1] % 4 or count > _MOST_SNAPSHOTS:
         raise NotRegular
     pairs_KH = block_KB.view(np.uint32)  # of two values each; the first one is the lower half
-    doubtful = _doubtful(pairs_KH, 15 - ceil(log2(count)), scratch)
+    largest = _HUGE if moments is None else _LARGE
+    doubtful = _doubtful(pairs_KH, 15 - ceil(log2(count)), largest, scratch)
     wide_KH = scratch.array("wide", pairs_KH.shape, np.uint32)
     lower_H = scratch.array("lower", pairs_KH.shape[1:], np.uint32)
     upper_H = scratch.array("upper", pairs_KH.shape[1:], np.uint32)
-    _rounded_mean(np.left_shift(pairs_KH, 16, out=wide_KH), lower_H, scratch)
-    _rounded_mean(np.bitwise_and(pairs_KH, 0xFFFF0000, out=wide_KH), upper_H, scratch)
+    _rounded_mean(np.left_shift(pairs_KH, 16, out=wide_KH), lower_H, scratch, moments)
+    _rounded_mean(np.bitwise_and(pairs_KH, 0xFFFF0000, out=wide_KH), upper_H, scratch, moments)
     lower_H >>= 16
     upper_H &= 0xFFFF0000
     upper_H |= lower_H
@@ -66,15 +69,15 @@ def _in_float64(bits_KN: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint16]:
 
 
 def _doubtful(
-    pairs_KH: npt.NDArray[np.uint32], widest: int, scratch: Scratch
+    pairs_KH: npt.NDArray[np.uint32], widest: int, limit: int, scratch: Scratch
 ) -> npt.NDArray[np.intp]:
-    """Elements whose exponents differ by more than `widest` from snapshot to snapshot."""
+    """Elements whose exponents differ by more than `widest`; none may have a size from `limit` on."""
     sizes_KH = scratch.array("wide", pairs_KH.shape, np.uint32)
     np.bitwise_and(pairs_KH, 0x7FFF7FFF, out=sizes_KH)
     sizes_KN = sizes_KH.view(np.uint16)  # in the order of the values' sizes
     size = sizes_KN.shape[1:]
     largest_N = np.maximum.reduce(sizes_KN, axis=0, out=scratch.array("largest", size, np.uint16))
-    if largest_N.max() >= _HUGE:
+    if largest_N.max() >= limit:
         raise NotRegular
     least_N = np.minimum.reduce(sizes_KN, axis=0, out=scratch.array("least", size, np.uint16))
     largest_N -= least_N  # 128 a step of the exponent
@@ -85,12 +88,18 @@ def _doubtful(
 
 
 def _rounded_mean(
-    wide_KH: npt.NDArray[np.uint32], result_H: npt.NDArray[np.uint32], scratch: Scratch
+    wide_KH: npt.NDArray[np.uint32],
+    result_H: npt.NDArray[np.uint32],
+    scratch: Scratch,
+    moments: Moments | None,
 ) -> None:
     """Bits of the mean; the upper half is what bfloat16 keeps after rounding to nearest, even."""
     mean_H: npt.NDArray[Any] = result_H.view(np.float32)
-    np.add.reduce(wide_KH.view(np.float32), axis=0, out=mean_H, initial=-0.0)  # leaves -0.0 as is
+    values_KH = wide_KH.view(np.float32)
+    np.add.reduce(values_KH, axis=0, out=mean_H, initial=-0.0)  # leaves -0.0 as is
     mean_H /= np.float32(len(wide_KH))
+    if moments is not None:
+        moments.add(values_KH, mean_H)
     odd_H = scratch.array("odd", result_H.shape, np.uint32)
     np.right_shift(result_H, 16, out=odd_H)
     odd_H &= 1

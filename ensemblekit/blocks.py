@@ -18,6 +18,7 @@ from ensemblekit.snapshots import Snapshot
 from ensemblekit.tables import TensorTable, one_form
 
 _BLOCK_VALUES = 1 << 19  # values of all snapshots together that are in hand at a time
+_HALVES = 2  # so many times more of two bytes each
 _READ_BLOCK = 1 << 20
 
 
@@ -47,7 +48,8 @@ class TensorBlocks:
         """(byte offset, array of K rows of bytes); the array is reused."""
         spec = self.specs[0]
         itemsize = spec.type.itemsize
-        count = max(256, _BLOCK_VALUES // len(self.specs)) & ~1  # `bfloat16` looks at pairs
+        most = _BLOCK_VALUES * (_HALVES if itemsize == 2 else 1)
+        count = max(256, most // len(self.specs)) & ~1  # `bfloat16` looks at pairs
         step = min(count * itemsize, spec.nbytes)
         buffer = self.scratch.array("block", (len(self.specs), step), np.uint8)
         sums = [0] * len(self.specs)

@@ -50,6 +50,20 @@ class Moments:
         more = values / self.values if self.values else 1.0
         return Moments(self.squares_K * more, self.products_K * more, self.square * more, values)
 
+    def add(
+        self,
+        values_KN: npt.NDArray[Any],
+        mean_N: npt.NDArray[Any],
+        squares_K: npt.NDArray[Any] | None = None,
+    ) -> None:
+        """Take in a block, and the first row's mean of it; its squares when they are known."""
+        if squares_K is None:
+            squares_K = np.einsum("kn,kn->k", values_KN, values_KN)
+        self.values += mean_N.size
+        self.squares_K += squares_K
+        self.products_K += np.einsum("kn,n->k", values_KN, mean_N)
+        self.square += float(np.einsum("n,n->", mean_N, mean_N))
+
     @classmethod
     def none(cls, count: int) -> "Moments":
         """Before the first block."""
@@ -148,10 +162,7 @@ def quick(
         if m == 0 and moments is not None:
             if mean_N.dtype != seen_KN.dtype:
                 mean_N = _cast(mean_N, seen_KN.dtype, scratch)
-            moments.values += mean_N.size
-            moments.squares_K += squares_K
-            moments.products_K += np.einsum("kn,n->k", seen_KN, mean_N)
-            moments.square += float(np.einsum("n,n->", mean_N, mean_N))
+            moments.add(seen_KN, mean_N, squares_K)
     return results
 
 
@@ -248,11 +259,8 @@ def careful(
         if target is not None:
             result = _narrowed(mixed_N, target.real)
         if m == 0:
-            moments.values += mixed_N.size
             with np.errstate(invalid="ignore", over="ignore"):
-                moments.squares_K += np.einsum("kn,kn->k", values_KN, values_KN)
-                moments.products_K += np.einsum("kn,n->k", values_KN, mixed_N)
-                moments.square += float(np.einsum("n,n->", mixed_N, mixed_N))
+                moments.add(values_KN, mixed_N)
         results.append(result)
     return results
 

@@ -243,12 +243,12 @@ def _mix_floats(
 ) -> list[npt.NDArray[np.uint8]]:
     real = snapshots.first.tensors[key].type.real
     target = work.target(snapshots.first.tensors[key].type)
+    seen = moments if telling else None
     if is_quick(real, rows, target) and not key.endswith("running_var"):
         with contextlib.suppress(NotRegular):
-            if not telling and target is None and real == bfloat16.KIND and _plain_mean(rows):
-                return [bfloat16.mean(block_KB, work.scratch)]
+            if target is None and real == bfloat16.KIND and _plain_mean(rows):
+                return [bfloat16.mean(block_KB, work.scratch, seen)]
         with contextlib.suppress(NotRegular):
-            seen = moments if telling else None
             results = quick(block_KB, real, rows, seen, work.scratch, target)
             if target is not None:
                 for result in results:
