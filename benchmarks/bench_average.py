@@ -22,11 +22,13 @@ bytes as our output has. Floor 2 also takes SHA-256 of every input, calls fsync 
 it back and takes its SHA-256.
 
 How it is measured: whole processes, one at a time, in turns; the median of `--turns` runs. The
-page cache is hot: every input is read once before the first run. Outputs are removed and written
-pages flushed before each run, outside the time. Peak is the largest resident set that the kernel
+page cache is hot: every input is read once before each run, because some systems drop what was not
+used for a few seconds. Outputs are removed and written pages flushed before each run, too, outside
+the time. Peak is the largest resident set that the kernel
 saw (`ru_maxrss` of the process and the children it waited for; 1 MB = 1,000,000 bytes). It counts
 mapped pages of files, which the kernel could take back; so `anonymous`, read from /proc every
-20 ms, stands beside it. "start-up" is a tool that imports what it needs and does nothing.
+20 ms, stands beside it. "start-up" is a tool that imports what it needs and does nothing; ours also
+reads the descriptions of all tensors (`--dry-run`).
 """
 
 import argparse
@@ -44,7 +46,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -86,7 +88,7 @@ def watch():
 threading.Thread(target=watch, daemon=True).start()
 _, status, usage = os.wait4(child, 0)
 wall = time.perf_counter() - start
-print(os.waitstatus_to_exitcode(status), wall, usage.ru_maxrss, most)
+print(os.waitstatus_to_exitcode(status), wall, usage.ru_maxrss, most, *usage[:2])
 """
 
 FLOOR = """
@@ -130,6 +132,7 @@ def in_threads(tasks):
     for thread in pool:
         thread.join()
 
+os.mkdir({folder!r})
 in_threads([(write, *output) for output in OUTPUTS] + [(read, path) for path in INPUTS])
 if CHECKED:
     for path, _ in OUTPUTS:
@@ -189,29 +192,32 @@ class Contender:
     script: str | None = None  # goes into a file, whose path takes the place of "SCRIPT"
 
 
+class Run(NamedTuple):
+    """What one run took."""
+
+    wall_s: float
+    user_s: float
+    system_s: float
+    peak_mb: float
+    anonymous_mb: float
+
+
 @dataclass
 class Row:
     """What the runs of one contender gave."""
 
-    wall_s: list[float] = field(default_factory=list)
-    peak_mb: list[float] = field(default_factory=list)
-    anonymous_mb: list[float] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
 
-    def medians(self) -> tuple[float, float, float]:
-        """Seconds, MB, MB."""
-        found = (self.wall_s, self.peak_mb, self.anonymous_mb)
-        return tuple(statistics.median(values) for values in found)  # type: ignore[return-value]
+    def median(self) -> Run:
+        """Of each figure by itself."""
+        return Run(*(statistics.median(values) for values in zip(*self.runs, strict=True)))
 
     def to_json(self) -> dict[str, Any]:
         """Medians and all runs."""
-        wall_s, peak_mb, anonymous_mb = self.medians()
-        return {
-            "wall_s": round(wall_s, 4),
-            "peak_mb": round(peak_mb, 2),
-            "anonymous_mb": round(anonymous_mb, 2),
-            "wall_s_runs": [round(value, 4) for value in self.wall_s],
-            "peak_mb_runs": [round(value, 2) for value in self.peak_mb],
-        }
+        found: dict[str, Any] = {k: round(v, 4) for k, v in self.median()._asdict().items()}
+        for name in ("wall_s", "peak_mb"):
+            found[f"{name}_runs"] = [round(getattr(run, name), 4) for run in self.runs]
+        return found
 
 
 @dataclass
@@ -240,8 +246,8 @@ class Bench:
         """The command line without the place where the files lie."""
         return [Path(part).name if os.sep in part else part for part in contender.argv]
 
-    def run(self, contender: Contender) -> tuple[float, float, float]:
-        """Seconds, peak MB, peak anonymous MB of one run that must succeed."""
+    def run(self, contender: Contender) -> Run:
+        """One run, which must succeed."""
         if contender.output is not None:
             remove(contender.output)
         argv = list(contender.argv)
@@ -261,35 +267,37 @@ class Bench:
             said = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
             sys.exit(f"{contender.name} failed: {' '.join(argv[:6])} ...\n{done.stderr}{said}")
         unit = 1 if sys.platform == "darwin" else 1024
-        return float(fields[1]), int(fields[2]) * unit / MB, int(fields[3]) * 1024 / MB
+        wall_s, user_s, system_s = (float(fields[n]) for n in (1, 4, 5))
+        return Run(wall_s, user_s, system_s, int(fields[2]) * unit / MB, int(fields[3]) * 1024 / MB)
 
-    def measure(self, name: str, contenders: list[Contender]) -> dict[str, Row]:
-        """All of them in turns."""
+    def measure(self, name: str, inputs: list[Path], contenders: list[Contender]) -> dict[str, Row]:
+        """All of them in turns, with the inputs in the page cache."""
         rows = self.rows.setdefault(name, {})
         for turn in range(self.options.turns):
-            for contender in contenders:
-                wall_s, peak_mb, anonymous_mb = self.run(contender)
-                row = rows.setdefault(contender.name, Row())
-                row.wall_s.append(wall_s)
-                row.peak_mb.append(peak_mb)
-                row.anonymous_mb.append(anonymous_mb)
-                note(f"{name}, turn {turn + 1}: {contender.name}: {wall_s:.2f} s, {peak_mb:.0f} MB")
+            first = turn % len(contenders)  # nobody always runs behind the same one
+            for contender in contenders[first:] + contenders[:first]:
+                read_once(inputs)
+                run = self.run(contender)
+                rows.setdefault(contender.name, Row()).runs.append(run)
+                took = f"{run.wall_s:.2f} s, {run.peak_mb:.0f} MB"
+                note(f"{name}, turn {turn + 1}: {contender.name}: {took}")
         return rows
 
     def floors(self, inputs: list[Path], output: Path) -> list[Contender]:
         """The two floors for these inputs and an output as large as this one."""
         files = sorted(output.iterdir()) if output.is_dir() else [output]
         sizes = [file.stat().st_size for file in files if file.suffix != ".json"]
-        target = self.out("floor")
+        target = self.out("floor")  # a folder
         contenders = []
         for name, checked in zip(FLOORS, (False, True), strict=True):
             script = FLOOR.format(
                 inputs=[str(path) for path in inputs],
-                outputs=[(f"{target}_{n}", size) for n, size in enumerate(sizes)],
+                folder=str(target),
+                outputs=[(str(target / str(n)), size) for n, size in enumerate(sizes)],
                 checked=checked,
                 threads=THREADS,
             )
-            contenders.append(Contender(name, [sys.executable, "SCRIPT"], script=script))
+            contenders.append(Contender(name, [sys.executable, "SCRIPT"], target, script))
         return contenders
 
     def target(self, name: str, asked: float, measured: float | None, unit: str = "x") -> None:
@@ -303,7 +311,7 @@ class Bench:
     def target_peak(self, name: str, row: Row, extra_bytes: int = 0) -> None:
         """The limit of memory, plus the largest tensor not contiguous; the worst run counts."""
         label = f"{name}: peak memory"
-        self.target(label, PEAK_MB + extra_bytes / MB, max(row.peak_mb), "MB")
+        self.target(label, PEAK_MB + extra_bytes / MB, max(run.peak_mb for run in row.runs), "MB")
 
 
 def note(text: str) -> None:
@@ -563,6 +571,11 @@ def check(inputs: list[Path], output: Path, name: str) -> int:
     return worst
 
 
+def start_up(own: Contender) -> Contender:
+    """All that our command line does before it looks at weights."""
+    return Contender(f"{OURS}: start-up", [*own.argv, "--dry-run"])
+
+
 def ours(source: Path | list[Path], output: Path, *more: str, name: str = OURS) -> Contender:
     """Our command line."""
     paths = [str(path) for path in ([source] if isinstance(source, Path) else source)]
@@ -577,14 +590,13 @@ def timm_set(bench: Bench) -> None:
     """Ten checkpoints of a ResNet-50."""
     data, options = bench.data("timm"), bench.options
     inputs = resnet_files(data, options.scale, 10)
-    read_once(inputs)
     script, python = options.timm_script, options.timm_python
     plain = script is None or "--safetensors" in script.read_text(encoding="utf-8")
     ending = ".safetensors" if plain else ".pth"  # an early version of the script knows no other
     out = bench.out("timm_ours" + ending)
     own = ours(data, out)
     bench.run(own)
-    contenders = [own]
+    contenders = [own, start_up(own)]
     rival, flags = "timm avg_checkpoints.py", ["--no-sort", *(["--safetensors"] if plain else [])]
     if script is not None and python is not None:
         theirs = bench.out("timm_theirs" + ending)
@@ -598,7 +610,7 @@ def timm_set(bench: Bench) -> None:
     line = [sys.executable, "SCRIPT", str(data), str(simple)]
     contenders += [Contender("naive: torch.load all", line, simple, NAIVE_TORCH)]
     contenders += bench.floors(inputs, out)
-    rows = bench.measure("timm", contenders)
+    rows = bench.measure("timm", inputs, contenders)
     facts = bench.facts["timm"] = {
         "inputs": len(inputs),
         "input_bytes": sum(path.stat().st_size for path in inputs),
@@ -622,11 +634,10 @@ def mergekit_set(bench: Bench) -> None:
     data, options = bench.data("mergekit"), bench.options
     folders, shard_bytes = llama_folders(data, options.scale, 8)
     inputs = [path for folder in folders for path in sorted(folder.glob("*.safetensors"))]
-    read_once(inputs)
     out = bench.out("mergekit_ours")
     own = ours(data, out, "--max-shard-size", str(shard_bytes))
     bench.run(own)
-    contenders = [own]
+    contenders = [own, start_up(own)]
     rival, theirs = "mergekit-yaml linear", bench.out("mergekit_theirs")
     flags: list[str] = []
     if options.mergekit is not None:
@@ -649,7 +660,7 @@ def mergekit_set(bench: Bench) -> None:
     line = [sys.executable, "SCRIPT", str(data), str(simple)]
     contenders += [Contender("naive: load_file each", line, simple, NAIVE_SAFETENSORS)]
     contenders += bench.floors(inputs, out)
-    rows = bench.measure("mergekit", contenders)
+    rows = bench.measure("mergekit", inputs, contenders)
     facts = bench.facts["mergekit"] = {
         "inputs": len(folders),
         "input_bytes": sum(path.stat().st_size for path in inputs),
@@ -674,13 +685,12 @@ def many_set(bench: Bench) -> None:
     """A thousand small snapshots."""
     data = bench.data("many")
     inputs = small_files(data, max(20, round(1000 * bench.options.scale)))
-    read_once(inputs)
     out, simple = bench.out("many_ours.safetensors"), bench.out("many_naive")
     own = ours(data, out)
     bench.run(own)
     line = [sys.executable, "SCRIPT", str(data), str(simple)]
     naive = Contender("naive: load_file each", line, simple, NAIVE_SAFETENSORS)
-    rows = bench.measure("many", [own, naive, *bench.floors(inputs, out)])
+    rows = bench.measure("many", inputs, [own, naive, *bench.floors(inputs, out)])
     bench.facts["many"] = {
         "inputs": len(inputs),
         "input_bytes": sum(path.stat().st_size for path in inputs),
@@ -707,8 +717,7 @@ def memory_set(bench: Bench) -> None:
         name = f"{len(inputs)} x {size:.3g} MB" + (", channels last" * (inputs is last))
         out = bench.out(f"memory_{len(contenders)}.safetensors")
         contenders.append(ours(inputs, out, name=name))
-    read_once([path for inputs in cases[2:] for path in inputs])
-    rows = bench.measure("memory", contenders)
+    rows = bench.measure("memory", [], contenders)
     bench.facts["memory"] = {}
     for contender, inputs in zip(contenders, cases, strict=True):
         assert contender.output is not None
@@ -727,19 +736,22 @@ SETS = {"timm": timm_set, "mergekit": mergekit_set, "many": many_set, "memory": 
 
 def ratios(one: Row, other: Row) -> tuple[float, float]:
     """Time and peak memory of one over those of another."""
-    (wall_s, peak_mb, _), (other_s, other_mb, _) = one.medians(), other.medians()
-    return wall_s / other_s, peak_mb / other_mb
+    mine, theirs = one.median(), other.median()
+    return mine.wall_s / theirs.wall_s, mine.peak_mb / theirs.peak_mb
 
 
 def show(bench: Bench) -> None:
     """Tables, then targets."""
     for name, rows in bench.rows.items():
-        base = rows.get(OURS, next(iter(rows.values()))).medians()
-        print(f"\n{name:38}{'seconds':>9}{'ratio':>8}{'peak MB':>10}{'ratio':>8}{'anonymous':>11}")  # noqa: T201
+        base = rows.get(OURS, next(iter(rows.values()))).median()
+        heads = f"{'seconds':>9}{'ratio':>8}{'user':>8}{'system':>8}"
+        print(f"\n{name:38}{heads}{'peak MB':>10}{'ratio':>8}{'anonymous':>11}")  # noqa: T201
         for label, row in rows.items():
-            wall_s, peak_mb, anonymous_mb = row.medians()
-            time = f"{wall_s:9.3f}{wall_s / base[0]:8.2f}"
-            memory = f"{peak_mb:10.1f}{peak_mb / base[1]:8.2f}{anonymous_mb:11.1f}"
+            run = row.median()
+            time = f"{run.wall_s:9.3f}{run.wall_s / base.wall_s:8.2f}"
+            time += f"{run.user_s:8.2f}{run.system_s:8.2f}"
+            memory = f"{run.peak_mb:10.1f}{run.peak_mb / base.peak_mb:8.2f}"
+            memory += f"{run.anonymous_mb:11.1f}"
             print(f"{label:38}{time}{memory}")  # noqa: T201
         for label in bench.absent.get(name, []):
             print(f"{label:38}  not measured")  # noqa: T201

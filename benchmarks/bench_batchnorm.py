@@ -1,11 +1,15 @@
-"""Time and accuracy of `recompute_bn` beside its peers, on a ResNet-20 and random 32x32 images.
+"""Time and accuracy of `recompute_bn` beside its peers, on random images.
 
-    python benchmarks/bench_batchnorm.py [--samples 1024] [--batch-size 128] [--repeats 7]
+    python benchmarks/bench_batchnorm.py [--networks resnet20,resnet50] [--repeats 7] [--json FILE]
+
+resnet20  1,024 images of 32 x 32 in batches of 128.
+resnet50  32 images of 224 x 224 in batches of 16.
 
 Peers are torch's `update_bn` and fvcore's PreciseBN, which is measured where fvcore is installed
 (`pip install -c constraints.txt fvcore`, which keeps torch as it is) and says "not measured"
 elsewhere. All see the same batches in memory; runs alternate, and the median of each is shown. The
-plain forward pass in eval mode is the floor of what any such method can take.
+plain forward pass in eval mode is the floor of what any such method can take, in float32 and in
+bfloat16 with channels_last.
 
 Accuracy is the largest distance, over channels and layers, from the population statistics of the
 same batches in float64: of running means in standard deviations, of running variances relative. It
@@ -22,9 +26,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from networks import resnet20, resnet50
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
@@ -33,41 +39,16 @@ from ensemblekit.batches import as_batch
 from ensemblekit.batchnorm import recompute_bn
 
 FLOOR = "forward pass, eval mode"
+HALF_FLOOR = "the same, bf16 + channels_last"
 TORCH = "torch update_bn"
 FVCORE = "fvcore PreciseBN"
 OURS = "ensemblekit recompute_bn"
 BOTH = "the same, both"
 
-
-class Block(nn.Module):
-    """Two 3x3 convolutions and a shortcut (He et al. 2016, section 4.2, option A)."""
-
-    def __init__(self, inside: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inside, width, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.stride = stride
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Residual sum."""
-        out = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
-        short = x[:, :, :: self.stride, :: self.stride]
-        missing = out.shape[1] - short.shape[1]
-        return torch.relu(out + nn.functional.pad(short, (0, 0, 0, 0, 0, missing)))
-
-
-def resnet20() -> nn.Sequential:
-    """19 convolutions, 19 BatchNorm layers, one linear layer."""
-    torch.manual_seed(0)
-    layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
-    inside = 16
-    for width, stride in ((16, 1), (32, 2), (64, 2)):
-        for number in range(3):
-            layers.append(Block(inside, width, stride if number == 0 else 1))
-            inside = width
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, int, int]] = {
+    "resnet20": (resnet20, 32, 1024, 128),  # pixels, images, images in a batch
+    "resnet50": (resnet50, 224, 32, 16),
+}
 
 
 def seconds(call: Callable[[], object], synchronize: Callable[[], None]) -> float:
@@ -135,44 +116,55 @@ def distances(
     return float(max(means)), float(max(variances))
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", type=int, default=1024)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--device", default="cpu")
-    options = parser.parse_args()
-    device = torch.device(options.device)
-    model = resnet20().to(device)
-    x = torch.randn(options.samples, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    parts = list(x.to(device).split(options.batch_size))
+def forward_pass(
+    model: nn.Module, parts: Sequence[torch.Tensor], half: torch.dtype | None
+) -> Callable[[], object]:
+    """A call that runs the network and looks at nothing."""
 
-    def forward() -> None:
+    def call() -> None:
         model.eval()
-        with torch.no_grad():
+        kind = parts[0].device.type
+        with torch.no_grad(), torch.autocast(kind, half, half is not None):
             for part in parts:
                 model(part)
 
-    calls: dict[str, Callable[[], object] | None] = {
-        FLOOR: forward,
+    return call
+
+
+def contenders(
+    model: nn.Module, parts: Sequence[torch.Tensor], device: torch.device
+) -> dict[str, Callable[[], object] | None]:
+    """What is measured, by name; None where it does not import."""
+    last = torch.channels_last
+    twin = copy.deepcopy(model).to(memory_format=last)
+    in_last = [part.contiguous(memory_format=last) for part in parts]
+
+    def ours(**options: Any) -> Callable[[], object]:
+        return lambda: recompute_bn(
+            model, [as_batch(part) for part in parts], device=device, **options
+        )
+
+    return {
+        FLOOR: forward_pass(model, parts, None),
+        HALF_FLOOR: forward_pass(twin, in_last, torch.bfloat16),
         TORCH: lambda: update_bn(parts, model),
         FVCORE: precise_bn(model, parts),
-        OURS: lambda: recompute_bn(model, [as_batch(part) for part in parts], device=device),
-        "the same, bf16": lambda: recompute_bn(
-            model, [as_batch(part) for part in parts], device=device, autocast=torch.bfloat16
-        ),
-        "the same, channels_last": lambda: recompute_bn(
-            model, [as_batch(part) for part in parts], device=device, channels_last=True
-        ),
-        BOTH: lambda: recompute_bn(
-            model,
-            [as_batch(part) for part in parts],
-            device=device,
-            autocast=torch.bfloat16,
-            channels_last=True,
-        ),
+        OURS: ours(),
+        "the same, bf16": ours(autocast=torch.bfloat16),
+        "the same, channels_last": ours(channels_last=True),
+        BOTH: ours(autocast=torch.bfloat16, channels_last=True),
     }
+
+
+def measure(name: str, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Print the table of one network and return its figures."""
+    make, pixels, samples, batch_size = NETWORKS[name]
+    samples = options.samples or samples
+    torch.manual_seed(0)
+    model = make().to(device)
+    x = torch.randn(samples, 3, pixels, pixels, generator=torch.Generator().manual_seed(1))
+    parts = list(x.to(device).split(batch_size))
+    calls = contenders(model, parts, device)
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wanted = population(model, parts)
     times: dict[str, list[float]] = {name: [] for name, call in calls.items() if call is not None}
@@ -184,26 +176,30 @@ def main() -> None:
             taken = seconds(call, synchronize)
             if round_number:  # the first round warms up
                 times[name].append(taken)
-            elif name != FLOOR:
+            elif name not in (FLOOR, HALF_FLOOR):
                 off[name] = distances(model, wanted)
     median = {name: statistics.median(values) for name, values in times.items()}
     base = median[TORCH]
-    print(f"{options.samples} images in batches of {options.batch_size}, {device}")  # noqa: T201
+    print(f"{samples} images of {pixels} px in batches of {batch_size}, {device}")  # noqa: T201
     heads = f"{'median ms':>11}{'min':>9}{'max':>9}{'ratio':>8}{'mean off':>11}{'var off':>11}"
-    print(f"{'':26}{heads}")  # noqa: T201
+    print(f"{'':30}{heads}")  # noqa: T201
     for name in calls:
         if name not in times:
-            print(f"{name:26}{'not measured':>14}")  # noqa: T201
+            print(f"{name:30}{'not measured':>14}")  # noqa: T201
             continue
         values = times[name]
         row = f"{median[name] * 1e3:11.1f}{min(values) * 1e3:9.1f}{max(values) * 1e3:9.1f}"
         row += f"{median[name] / base:8.2f}"
         row += "".join(f"{value:11.1e}" for value in off.get(name, ()))
-        print(f"{name:26}{row}")  # noqa: T201
-    facts = {
-        "benchmark": "batchnorm",
+        print(f"{name:30}{row}")  # noqa: T201
+    print()  # noqa: T201
+    return {
+        "samples": samples,
+        "pixels": pixels,
+        "batch_size": batch_size,
         "ratio": round(median[OURS] / base, 3),
         "ratio_bf16_channels_last": round(median[BOTH] / base, 3),
+        "ratio_of_its_forward_pass": round(median[HALF_FLOOR] / base, 3),
         "ratio_to_fvcore": round(median[OURS] / median[FVCORE], 3) if FVCORE in median else None,
         "median_s": {name: round(median[name], 4) if name in median else None for name in calls},
         "mean_off_std": {
@@ -212,17 +208,38 @@ def main() -> None:
         "var_off_relative": {
             name: float(f"{off[name][1]:.2e}") if name in off else None for name in calls
         },
-        **vars(options),
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", default=",".join(NETWORKS))
+    parser.add_argument("--samples", type=int, help="instead of each network's own number")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, help="write the line of JSON to this file, too")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    found = {name: measure(name, options, device) for name in options.networks.split(",")}
+    facts = {
+        "benchmark": "batchnorm",
+        "networks": found,
+        "repeats": options.repeats,
+        "device": options.device,
         "processor": platform.processor() or platform.machine(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "fvcore": importlib.metadata.version("fvcore") if FVCORE in median else None,
+        "fvcore": importlib.metadata.version("fvcore") if precise_bn(nn.Identity(), []) else None,
         "ensemblekit": ensemblekit.__version__,
         "system": f"{sys.platform} {platform.release()}",
     }
-    print(json.dumps(facts))  # noqa: T201
+    line = json.dumps(facts)
+    print(line)  # noqa: T201
+    if options.json is not None:
+        options.json.write_text(line + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

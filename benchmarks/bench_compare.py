@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_batchnorm import resnet20
+from networks import resnet20
 
 import ensemblekit
 from ensemblekit.rivals import all_subset_weights, find_rivals, score_mixes, subsets
@@ -41,7 +41,7 @@ MODEL = """
 import sys
 sys.path.insert(0, {folder!r})
 import numpy as np, torch
-from bench_batchnorm import resnet20
+from networks import resnet20
 
 def net():
     return resnet20()

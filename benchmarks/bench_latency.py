@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_onnx import ViT, resnet50
+from networks import ViT, resnet50
 from torch import nn
 
 from ensemblekit import EnsembleModule, Head, ModelOptions, fastest

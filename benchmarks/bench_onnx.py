@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import torch
-from bench_batchnorm import resnet20
+from networks import ViT, resnet20, resnet50
 from torch import nn
 
 import ensemblekit
@@ -41,89 +41,6 @@ from ensemblekit.runtimes.onnx_runtime import Session
 
 HEAD = Head("classification", "mean")
 SINGLE = Head("classification")
-
-
-class Bottleneck(nn.Module):
-    """The block of ResNet-50."""
-
-    def __init__(self, inputs: int, width: int, stride: int) -> None:
-        super().__init__()
-        outputs = 4 * width
-        self.body = nn.Sequential(
-            nn.Conv2d(inputs, width, 1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(width, width, 3, stride, 1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(width, outputs, 1, bias=False),
-            nn.BatchNorm2d(outputs),
-        )
-        self.short: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            self.short = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """One block."""
-        return torch.relu(self.body(x) + self.short(x))
-
-
-def resnet50() -> nn.Module:
-    """ResNet-50's shape: 25.6 million parameters, 224 x 224 images."""
-    layers: list[nn.Module] = [
-        nn.Conv2d(3, 64, 7, 2, 3, bias=False),
-        nn.BatchNorm2d(64),
-        nn.ReLU(inplace=True),
-        nn.MaxPool2d(3, 2, 1),
-    ]
-    inputs = 64
-    for stage, blocks in enumerate((3, 4, 6, 3)):
-        for place in range(blocks):
-            layers.append(Bottleneck(inputs, 64 << stage, 2 if stage and not place else 1))
-            inputs = 256 << stage
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2048, 1000))
-
-
-class Block(nn.Module):
-    """A pre-norm transformer block."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """One block."""
-        n, t, c = x.shape
-        qkv = self.qkv(self.norm1(x)).reshape(n, t, 3, self.heads, c // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
-        x = x + self.out(mixed.transpose(1, 2).reshape(n, t, c))
-        return x + self.mlp(self.norm2(x))
-
-
-class ViT(nn.Module):
-    """ViT-Ti's width on 32 x 32 images in patches of 4: 65 tokens."""
-
-    def __init__(self, width: int = 192, depth: int = 6, heads: int = 3) -> None:
-        super().__init__()
-        self.patch = nn.Conv2d(3, width, 4, 4)
-        self.token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
-        self.place = nn.Parameter(torch.randn(1, 65, width) * 0.02)
-        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits of the class token."""
-        x = self.patch(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.place
-        return self.head(self.norm(self.blocks(x))[:, 0])
 
 
 def neighbours(first: nn.Module, count: int, *, own: Callable[[str], bool]) -> list[nn.Module]:

@@ -6,8 +6,9 @@ goes through a float64 accumulator, so memory grows neither with K nor with the 
 
 import contextlib
 import glob
-import os
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from ensemblekit.blocks import TensorBlocks, check_shared_storages
 from ensemblekit.candidates import Row
 from ensemblekit.dtypes import DTYPES, DType
 from ensemblekit.errors import IncompatibleError, InputError, NotFiniteError
+from ensemblekit.machine import usable_cores
 from ensemblekit.mixing import Moments, NotRegular, Scratch, careful, is_quick, quick
 from ensemblekit.snapshots import Signature, SnapshotSet
 
@@ -29,6 +31,7 @@ Sink = Callable[[str, int, npt.NDArray[np.uint8]], None]
 
 _TELLING = 8  # of so many blocks of a tensor one is looked at for norms and angles
 _OUTLIER = 10.0
+_PATIENCE_S = 0.01  # between looks at whether others still want the cores
 _LOST = 1e-3  # shares of a square below which a difference of float32 sums says nothing
 _OUTLIER_SIZE = 64  # the norm of a few biases says little
 
@@ -98,6 +101,7 @@ def sums(
     dtype: str | None = None,
     replaced: frozenset[str] = frozenset(),
     threads: int | None = None,
+    busy: Callable[[], bool] = lambda: False,
 ) -> dict[str, Moments]:
     """Make the weights of every row in one read of the snapshots.
 
@@ -114,6 +118,7 @@ def sums(
         dtype: Type of the floating-point results; the sources' own when None.
         replaced: Keys whose values the caller replaces; they need not make sense.
         threads: Workers; default: one for each core, at most 4.
+        busy: Whether other threads want half of the cores: then half of the workers hold back.
 
     Returns:
         By key, what `similarity` is made of.
@@ -136,27 +141,27 @@ def sums(
     followers = {key for group in twins.values() for key in group[1:]}
     jobs = [key for key in snapshots.first.tensors if key in wanted and key not in followers]
     jobs.sort(key=lambda key: -snapshots.first.tensors[key].nbytes)  # long ones first
-    workers = threads or min(4, os.cpu_count() or 1)
+    waiting = deque(jobs)
+
+    def run(number: int) -> None:
+        while waiting:
+            if number and number >= workers // 2 and busy():
+                time.sleep(_PATIENCE_S)
+                continue
+            with contextlib.suppress(IndexError):  # another worker took the last one
+                key = waiting.popleft()
+                own = [_fan_out(sink, twins.get(key, (key,))) for sink in sinks]
+                _average_tensor(snapshots, key, rows, own, work)
+
+    workers = threads or min(4, usable_cores())
     with ThreadPoolExecutor(workers) as pool:
-        futures = [
-            pool.submit(
-                _average_tensor,
-                snapshots,
-                key,
-                rows,
-                [_fan_out(sink, twins.get(key, (key,))) for sink in sinks],
-                work,
-            )
-            for key in jobs
-        ]
+        futures = [pool.submit(run, number) for number in range(workers)]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
-        finally:  # also when interrupted: leaving the pool waits for what is not cancelled
-            for future in futures:
-                future.cancel()
+        finally:  # also when interrupted: leaving the pool waits for tensors under way
+            waiting.clear()
     for future in futures:
-        if not future.cancelled():
-            future.result()
+        future.result()
     for snapshot in snapshots.snapshots:
         for source in snapshot.sources:
             source.check_unchanged()

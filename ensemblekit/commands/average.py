@@ -138,7 +138,9 @@ def average(
             evaluation=tuple(measured.evaluation),
             notes=(*result.notes, *measured.notes),
         )
-        weights = _Weights(snapshots, row, measured, warnings, dtype=dtype, strict=strict)
+        weights = _Weights(
+            snapshots, row, measured, warnings, dtype=dtype, strict=strict, busy=digests.busy
+        )
         if method in averaging.CHOSEN_ON_DATA:
             weights.chosen_on = "val"
         return _written(result, weights, target, terms, digests, command)
@@ -198,8 +200,10 @@ def _measured_before(
         return early
     if rank() != 0:
         return planned
-    dtype = target.dtype
-    weights = _Weights(taken.snapshots, row, measured, warnings, dtype=dtype, strict=strict)
+    dtype, busy = target.dtype, digests.busy
+    weights = _Weights(
+        taken.snapshots, row, measured, warnings, dtype=dtype, strict=strict, busy=busy
+    )
     weights.chosen_on = taken.candidate.chosen_on
     return _written(result, weights, target, terms, digests, command)
 
@@ -331,6 +335,7 @@ class _Weights:
         *,
         dtype: str | None,
         strict: bool,
+        busy: Callable[[], bool],
     ) -> None:
         self.snapshots = snapshots
         self.row = row
@@ -339,6 +344,7 @@ class _Weights:
         self.warnings = warnings
         self.dtype = dtype
         self.strict = strict
+        self.busy = busy
         self.chosen_on: str | None = None
         self.similarity = Similarity(())
         self.moments: dict[str, Moments] = {}
@@ -357,6 +363,7 @@ class _Weights:
             keys=keys,
             dtype=self.dtype,
             replaced=frozenset(self.statistics),
+            busy=self.busy,
         )
         for key, values in self.statistics.items():
             if keys is None or key in keys:

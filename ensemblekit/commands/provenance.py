@@ -5,7 +5,6 @@ Input: snapshots, a row, and the result so far.
 
 import hashlib
 import json
-import os
 import secrets
 import threading
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from ensemblekit import __version__, writers
 from ensemblekit.candidates import Candidate, Row
 from ensemblekit.commands.result import AverageResult, Evaluation
 from ensemblekit.files import Source, sha256
+from ensemblekit.machine import usable_cores
 from ensemblekit.options import ModelOptions
 from ensemblekit.snapshots import Snapshot, SnapshotSet
 
@@ -60,11 +60,15 @@ def manifest(
 
 
 class Digests:
-    """SHA-256 of inputs, made beside other work: leaving the context stops what is left."""
+    """SHA-256 of inputs, made beside other work: leaving the context stops what is left.
+
+    Half of the cores are for the other work: threads that take the interpreter from each other at
+    every step are slower together than one of them.
+    """
 
     def __init__(self) -> None:
         self._stop = threading.Event()
-        self._pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
+        self._pool = ThreadPoolExecutor(max(1, min(4, usable_cores() // 2)))
         self._futures: dict[Source, Future[str]] = {}
 
     def __enter__(self) -> "Digests":
@@ -80,16 +84,24 @@ class Digests:
             if source not in self._futures:
                 self._futures[source] = self._pool.submit(sha256, source, self._stop.is_set)
 
+    def busy(self) -> bool:
+        """Whether there are digests to make."""
+        return not all(future.done() for future in self._futures.values())
+
     def of(self, snapshots: SnapshotSet) -> list[dict[str, str]]:
-        """The file and digest of each input; waits for the last one."""
+        """The file and digest of each input; waits for the last one, and makes some meanwhile."""
         for snapshot in snapshots.snapshots:
             self.start(snapshot)
         taken = {source for snapshot in snapshots.snapshots for source in snapshot.sources}
         for source, future in self._futures.items():
             if source not in taken:
                 future.cancel()
+        made: dict[Source, str] = {}
+        for source in reversed(self._futures):
+            if source in taken and self._futures[source].cancel():
+                made[source] = sha256(source)
         return [
-            {"file": str(source.path), "sha256": self._futures[source].result()}
+            {"file": str(source.path), "sha256": made.get(source) or self._futures[source].result()}
             for snapshot in snapshots.snapshots
             for source in snapshot.sources
         ]

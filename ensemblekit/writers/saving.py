@@ -105,10 +105,10 @@ class Filling:
             assert start == end, "frame and tensors fill the file without gaps"
             total, end = 0, start + nbytes
             for place in range(start, end, _BLOCK):
-                data = buffer[: min(_BLOCK, end - place)]
-                source.read_into(data, place)
-                digest.update(data)
-                total = crc32(data, total)
+                block = buffer[: min(_BLOCK, end - place)]
+                source.read_into(block, place)
+                digest.update(block)
+                total = crc32(block, total)
             sound = sound and total == expected
         source.close()
         if not sound:
