@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 from ensemblekit.bfloat16 import mean
 from ensemblekit.candidates import mean_row
-from ensemblekit.mixing import NotRegular, Scratch, quick
+from ensemblekit.mixing import Moments, NotRegular, Scratch, quick
 
 KIND = np.dtype(ml_dtypes.bfloat16)
 Bits = npt.NDArray[np.uint16]
@@ -153,3 +153,38 @@ def test_the_result_does_not_depend_on_what_the_memory_held() -> None:
     alone = mean_bits(second)
     mean(first.view(np.uint8), scratch)
     np.testing.assert_array_equal(mean(second.view(np.uint8), scratch).view(np.uint16), alone)
+
+
+@pytest.mark.parametrize("count", [2, 5, 8])
+def test_moments_are_those_of_the_values(count: int) -> None:
+    """Beside float64, over two blocks."""
+    bits_KN = near(3, count, 40_000, 0.1)
+    values_KN, mean_N = values(bits_KN), values(bits_KN).mean(0)
+    moments = Moments.none(count)
+    for block_KN in np.split(bits_KN, 2, axis=1):
+        mean(np.ascontiguousarray(block_KN).view(np.uint8), Scratch(), moments)
+    assert moments.values == 40_000
+    np.testing.assert_allclose(moments.squares_K, (values_KN**2).sum(1), rtol=1e-5)
+    np.testing.assert_allclose(moments.products_K, values_KN @ mean_N, rtol=1e-5)
+    assert moments.square == pytest.approx(float(mean_N @ mean_N), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        float("nan"),
+        float("inf"),
+        2.0**101,
+        2.0**34,  # whose square float32 could not sum a million times
+    ],
+)
+def test_what_is_refused_leaves_no_moments(odd: float) -> None:
+    bits_KN = near(4, 3, 4096, 0.1)
+    bits_KN[1, 77] = np.array(odd).astype(KIND).view(np.uint16)
+    moments = Moments.none(3)
+    with pytest.raises(NotRegular):
+        mean(bits_KN.view(np.uint8), Scratch(), moments)
+    assert not moments.squares_K.any()
+    assert not moments.values
+    if odd == 2.0**34:
+        mean(bits_KN.view(np.uint8), Scratch())  # the mean itself is sound

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from ensemblekit.candidates import Row, mean_row, one_hot
 from ensemblekit.dtypes import DTYPES, narrow
 from ensemblekit.errors import DamagedError, IncompatibleError, InputError, NotFiniteError
 from ensemblekit.snapshots import SnapshotSet
-from ensemblekit.state import array_sink, materialize, weighted_sums
+from ensemblekit.state import array_sink, materialize, sums, weighted_sums
 
 from .helpers import Array, read_set, write_safetensors, write_torch
 
@@ -260,3 +262,57 @@ def test_one_rounding(name: str) -> None:
     values, expected = map(np.array, zip(*NARROW[name], strict=True))
     found: Any = narrow(values.astype(np.float64), DTYPES[name].numpy)
     assert found.astype(np.float64).tolist() == expected.tolist()
+
+
+def many(folder: Path, count: int = 12) -> SnapshotSet:
+    """Two snapshots of several tensors."""
+    rng = np.random.default_rng(0)
+    paths = [folder / "a.safetensors", folder / "b.safetensors"]
+    for path in paths:
+        tensors = {f"w{n}": rng.standard_normal((5, 7)).astype(np.float32) for n in range(count)}
+        write_safetensors(path, tensors)
+    return read_set(*paths)
+
+
+class TestSharedCores:
+    """Half of the workers hold back while others want the cores."""
+
+    @staticmethod
+    def run(
+        snapshots: SnapshotSet, busy: Callable[[], bool], threads: int
+    ) -> tuple[dict[str, Array], set[int]]:
+        """What came out, and how many threads made it."""
+        arrays, sink = array_sink(snapshots.first.signature)
+        makers = set()
+
+        def noted(key: str, offset: int, data: Array) -> None:
+            makers.add(threading.get_ident())
+            time.sleep(0.002)
+            sink(key, offset, data)
+
+        sums(snapshots, [mean_row(2)], [noted], threads=threads, busy=busy)
+        return arrays, makers
+
+    @pytest.mark.parametrize("threads", [1, 2, 3, 4])
+    def test_while_others_are_busy(self, tmp_path: Path, threads: int) -> None:
+        snapshots = many(tmp_path)
+        arrays, makers = self.run(snapshots, lambda: True, threads)
+        assert len(makers) <= max(1, threads // 2)
+        for key, value in materialize(snapshots, [mean_row(2)])[0][0].items():
+            np.testing.assert_array_equal(arrays[key], value)
+
+    def test_when_others_are_done(self, tmp_path: Path) -> None:
+        start = time.perf_counter()
+        _, makers = self.run(many(tmp_path, 60), lambda: time.perf_counter() - start < 0.03, 2)
+        assert len(makers) == 2
+
+    def test_an_error_ends_those_that_wait(self, tmp_path: Path) -> None:
+        snapshots, begun = many(tmp_path), []
+
+        def broken(key: str, offset: int, data: Array) -> None:
+            begun.append(key)
+            raise RuntimeError("the sink is broken")
+
+        with pytest.raises(RuntimeError, match="the sink is broken"):
+            sums(snapshots, [mean_row(2)], [broken], threads=4, busy=lambda: True)
+        assert len(begun) <= 2  # nobody goes on with what comes to nothing

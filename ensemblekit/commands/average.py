@@ -143,7 +143,7 @@ def average(
         )
         if method in averaging.CHOSEN_ON_DATA:
             weights.chosen_on = "val"
-        return _written(result, weights, target, terms, digests, command)
+        return _written(result, weights, target, terms, digests, command, options)
 
 
 def _row(
@@ -205,7 +205,7 @@ def _measured_before(
         taken.snapshots, row, measured, warnings, dtype=dtype, strict=strict, busy=busy
     )
     weights.chosen_on = taken.candidate.chosen_on
-    return _written(result, weights, target, terms, digests, command)
+    return _written(result, weights, target, terms, digests, command, ModelOptions())
 
 
 def _settled(
@@ -244,6 +244,7 @@ def _written(
     terms: dict[str, Any],
     digests: provenance.Digests,
     command: Sequence[str],
+    options: ModelOptions,
 ) -> AverageResult:
     """The weights in their place, or in memory when there is no path."""
     snapshots, path = weights.snapshots, target.path
@@ -268,7 +269,7 @@ def _written(
         candidate = Candidate(
             "average", (weights.row,), (weights.policy,), chosen_on=weights.chosen_on
         )
-        return provenance.manifest(done, snapshots, candidate, command, request)
+        return provenance.manifest(done, snapshots, candidate, command, request, options)
 
     content = outgoing.content(
         target, snapshots, provenance.metadata(snapshots, result), weights.warnings

@@ -6,8 +6,9 @@ Input: snapshots, a row, and the result so far.
 import hashlib
 import json
 import secrets
+import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -47,16 +48,37 @@ def manifest(
     candidate: Candidate,
     command: Sequence[str],
     request: dict[str, Any],
+    options: ModelOptions,
 ) -> dict[str, Any]:
     """Everything that is needed to know, or to make, the output again."""
+    versions = {"ensemblekit": __version__, "numpy": np.__version__}
+    if (torch := sys.modules.get("torch")) is not None:
+        versions["torch"] = torch.__version__
     return {
         **result.to_json(),
         "candidate": candidate.to_json(),
         "ordered_by": snapshots.ordered_by,
-        "versions": {"ensemblekit": __version__, "numpy": np.__version__},
+        "versions": versions,
+        "settings": settings(options),
         "command": list(command),
         "request": request,
     }
+
+
+def settings(options: ModelOptions) -> dict[str, Any] | None:
+    """How model and data were made and run, as plain values; None where no model ran."""
+    if options.model is None:
+        return None
+    found = {name: value for name, value in vars(options).items() if value is not None}
+    for name, value in found.items():
+        if not isinstance(value, str | int | float | bool | Mapping):
+            found[name] = f"a {type(value).__name__} in memory"
+    found["model_args"] = {k: v if _is_plain(v) else repr(v) for k, v in options.model_args.items()}
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, str | int | float | bool)
 
 
 class Digests:
