@@ -164,8 +164,9 @@ class Comparison:
             rows[candidate.name] = self._row(candidate, None if own else gain, times)
         options = [self._option(candidate, times) for candidate in self.candidates]
         front = deciding.pareto(options)
+        fit = {option.name for option in deciding.affordable(options, self.budget)}
         for name, row in rows.items():
-            row["pareto"] = name in front
+            row |= {"pareto": name in front, "within_budget": name in fit}
         options.sort(key=lambda o: (-o.goodness, o.cost, o.complexity, o.tie_break))
         return {option.name: rows[option.name] for option in options}
 

@@ -11,7 +11,7 @@ import os
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -126,12 +126,10 @@ class Source:
             DamagedError: The file ends before the view is full.
         """
         done = 0
-        with _POOL.descriptor(self) as descriptor:
+        descriptor = _POOL.take(self)
+        try:
             while done < len(view):
-                try:
-                    got = os.preadv(descriptor, [view[done:]], offset + done)
-                except OSError as error:
-                    raise from_os_error(error, self.path, doing="read") from error
+                got = os.preadv(descriptor, [view[done:]], offset + done)
                 if got == 0:
                     raise DamagedError(
                         f"{self.path}: was cut short while it was being read "
@@ -139,6 +137,10 @@ class Source:
                         hint="wait until the writer is done and run the command again",
                     )
                 done += got
+        except OSError as error:
+            raise from_os_error(error, self.path, doing="read") from error
+        finally:
+            _POOL.give_back(self)
 
     def check_unchanged(self) -> None:
         """Raise if the file is no longer what it was when it was opened.
@@ -146,8 +148,11 @@ class Source:
         Raises:
             DamagedError: Size or modification time differ, or the path is another file now.
         """
-        with _POOL.descriptor(self) as descriptor:
+        descriptor = _POOL.take(self)
+        try:
             now = _fingerprint(os.fstat(descriptor))
+        finally:
+            _POOL.give_back(self)
         with contextlib.suppress(OSError):  # deleted since: what was read is what it was
             there = _fingerprint(self.path.stat())
             now = there if there[:2] != now[:2] else now
@@ -224,8 +229,8 @@ class _DescriptorPool:
             self._open[source] = descriptor
             self._evict()
 
-    @contextlib.contextmanager
-    def descriptor(self, source: Source) -> Iterator[int]:
+    def take(self, source: Source) -> int:
+        """The descriptor, which stays open until it is given back."""
         with self._lock:
             if source not in self._open:
                 descriptor, fingerprint = _open_regular(source.path)
@@ -235,18 +240,18 @@ class _DescriptorPool:
                 self._open[source] = descriptor
             self._open.move_to_end(source)
             self._busy[source] = self._busy.get(source, 0) + 1
-            descriptor = self._open[source]
             self._evict()
-        try:
-            yield descriptor
-        finally:
-            with self._lock:
-                self._busy[source] -= 1
-                if not self._busy[source]:
-                    del self._busy[source]
-                    if source in self._closing:
-                        self._closing.discard(source)
-                        os.close(self._open.pop(source))
+            return self._open[source]
+
+    def give_back(self, source: Source) -> None:
+        """One reader is done; the last one closes what was to be closed meanwhile."""
+        with self._lock:
+            self._busy[source] -= 1
+            if not self._busy[source]:
+                del self._busy[source]
+                if source in self._closing:
+                    self._closing.discard(source)
+                    os.close(self._open.pop(source))
 
     def close(self, source: Source) -> None:
         """Close now, or when the last reader is done: the number may be another file's then."""

@@ -46,7 +46,12 @@ def high_rate_warning(snapshots: Sequence[Snapshot]) -> str | None:
 
 
 def early_span(snapshots: Sequence[Snapshot], ordered_by: str) -> str | None:
-    """Advice when the series begins in the first third of the training, None when it does not."""
+    """Advice when the series begins in the first third of the training, None when it does not.
+
+    Numbers in names do not tell: they may count cycles, and not how far the training was.
+    """
+    if ordered_by == "number":
+        return None
     places = [position(s, ordered_by) for s in snapshots]
     known = [place for place in places if place is not None]
     if len(known) < 3 or len(known) < len(places) or known[0] * _EARLY >= known[-1]:

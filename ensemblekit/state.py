@@ -205,16 +205,15 @@ def _average_tensor(
     sinks: Sequence[Sink],
     work: _Work,
 ) -> None:
-    specs = [snapshot.tensors[key] for snapshot in snapshots.snapshots]
-    spec = specs[0]
+    reader = TensorBlocks(key, snapshots.snapshots, work.scratch)
+    spec = reader.specs[0]
     if spec.size == 0:
         return
-    reader = TensorBlocks(key, snapshots.snapshots, work.scratch)
     target = work.target(spec.type)
     growth = 1 if target is None else target.itemsize / spec.type.itemsize
     size = (target or spec.type).itemsize * spec.size
     collected = [] if reader.permutation is None else [np.empty(size, np.uint8) for _ in rows]
-    moments = Moments.none(len(specs))
+    moments = Moments.none(len(snapshots))
     for number, (offset, block_KB) in enumerate(reader):
         if spec.type.kind in ("float", "complex"):
             telling = number % _TELLING == 0

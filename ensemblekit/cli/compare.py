@@ -198,7 +198,9 @@ def _print_table(comparison: dict[str, Any], *, everything: bool) -> None:
     has_nll = metric != "nll" and any("nll" in row["evaluation"] for row in rows)
     columns = [f"{chosen} {metric}", f"{reported} {metric}"]
     columns += [f"{reported} NLL"] if has_nll else []
-    columns += ["gain (95%)", "members", "p50 ms"]
+    limited = comparison["decision"]["budget"]["max_latency_ms"] is not None
+    time = "p95" if limited else "p50"  # what the limit is about
+    columns += ["gain (95%)", "members", f"{time} ms"]
     cells = []
     for row in shown:
         figures = [e.get(metric) for e in row["evaluations"]]
@@ -209,8 +211,8 @@ def _print_table(comparison: dict[str, Any], *, everything: bool) -> None:
                 *("" if figure is None else f"{figure:.4f}" for figure in figures),
                 _gain(row["gain"], unit),
                 row["members"],
-                "" if row["latency"] is None else f"{row['latency']['p50_ms']:.2f}",
-                _mark(row["name"], comparison),
+                "" if row["latency"] is None else f"{row['latency'][f'{time}_ms']:.2f}",
+                _mark(row, comparison),
             ]
         )
     show.table(["candidate", *columns, ""], cells, right=columns)
@@ -231,12 +233,14 @@ def _gain(gain: dict[str, Any] | None, unit: str) -> str:
     return f"{gain['value']:+.3g} ({low:+.3g} to {high:+.3g})"
 
 
-def _mark(name: str, comparison: dict[str, Any]) -> str:
+def _mark(row: dict[str, Any], comparison: dict[str, Any]) -> str:
     marks = []
-    if name == comparison["decision"]["ship"]:
+    if row["name"] == comparison["decision"]["ship"]:
         marks.append("<- ship")
-    if name == comparison["baseline"]:
+    if row["name"] == comparison["baseline"]:
         marks.append("baseline")
+    if not row.get("within_budget", True):  # reports of earlier versions do not say
+        marks.append("over budget")
     return ", ".join(marks)
 
 

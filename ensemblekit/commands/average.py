@@ -117,8 +117,7 @@ def average(
         plan = plan_bn(snapshots, row, bn, options, warnings)
         result = _described(snapshots, row, method, plan)
         taken = [s for s, w in zip(snapshots.snapshots, row.weights, strict=True) if w]
-        counted = snapshots.ordered_by == "number"  # perhaps cycles, not how far the training was
-        if not counted and (advice := early_span(taken, snapshots.ordered_by)):
+        if advice := early_span(taken, snapshots.ordered_by):
             result = replace(result, notes=(advice,))
         terms = outgoing.terms(target, snapshots, row, method, bn, options)
         planned = replace(result, warnings=tuple(warnings))

@@ -86,6 +86,7 @@ def _cells(view: View, candidate: Json) -> list[str]:
         "**ships**": view.is_shipped(candidate),
         "baseline": view.is_baseline(candidate),
         "pareto": candidate.get("pareto"),
+        "over budget": candidate.get("within_budget") is False,
     }
     return [
         escaped(name_of(candidate)),

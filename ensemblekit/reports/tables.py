@@ -65,15 +65,19 @@ def candidates(view: View) -> Markup:
     ]
     rows = []
     for candidate in view.candidates:
-        marks = {"ships": view.is_shipped(candidate), "baseline": view.is_baseline(candidate)}
-        names = [name for name, applies in marks.items() if applies]
-        badges = [tag("span", name, class_=f"badge {name}") for name in names]
+        marks = {
+            "ships": view.is_shipped(candidate),
+            "baseline": view.is_baseline(candidate),
+            "over budget": candidate.get("within_budget") is False,
+        }
+        applying = {name: name.replace(" ", "-") for name, applies in marks.items() if applies}
+        badges = [tag("span", name, class_=f"badge {style}") for name, style in applying.items()]
         cells = [
             tag("th", name_of(candidate), *badges, scope="row"),
             tag("td", kind_of(candidate)),
             *(column.cell(candidate) for column in columns),
         ]
-        kind, class_ = kind_of(candidate), " ".join(names) or None
+        kind, class_ = kind_of(candidate), " ".join(applying.values()) or None
         rows.append(tag("tr", *cells, class_=class_, data_kind=kind))
     return scrolling("Candidates", head, rows, "candidates-table")
 

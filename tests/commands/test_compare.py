@@ -110,6 +110,7 @@ CANDIDATE: dict[str, Any] = {
     "gain": (dict, type(None)),
     "latency": (dict, type(None)),
     "pareto": bool,
+    "within_budget": bool,
 }
 DECISION: dict[str, Any] = {
     "ship": (str, type(None)),
@@ -942,6 +943,11 @@ def test_budgets(tmp_path: Path, budget: Budget, most: int) -> None:
     assert rows[found["decision"]["ship"]]["members"] <= most
     assert rows[found["decision"]["best"]]["members"] <= most
     assert max(row["members"] for row in found["candidates"]) > most, "all are still reported"
+    for row in found["candidates"]:
+        size = row["cost"]["bytes"]
+        small = budget.max_bytes is None or size <= budget.max_bytes
+        few = budget.max_members is None or row["members"] <= budget.max_members
+        assert row["within_budget"] == (small and few), row["name"]
     shown = found["decision"]["budget"]
     assert shown["max_members"] == budget.max_members
     assert shown["max_bytes"] == budget.max_bytes
