@@ -21,14 +21,14 @@ threads as ours. Floor 1 reads each input byte once (`preadv`, 1 MB at a time) a
 bytes as our output has. Floor 2 also takes SHA-256 of every input, calls fsync on the output, reads
 it back and takes its SHA-256.
 
-How it is measured: whole processes, one at a time, in turns; the median of `--turns` runs. The
-page cache is hot: every input is read once before each run, because some systems drop what was not
-used for a few seconds. Outputs are removed and written pages flushed before each run, too, outside
-the time. Peak is the largest resident set that the kernel
-saw (`ru_maxrss` of the process and the children it waited for; 1 MB = 1,000,000 bytes). It counts
-mapped pages of files, which the kernel could take back; so `anonymous`, read from /proc every
-20 ms, stands beside it. "start-up" is a tool that imports what it needs and does nothing; ours also
-reads the descriptions of all tensors (`--dry-run`).
+How it is measured: whole processes, one at a time, in turns, each turn beginning with another one; the
+median of `--turns` runs. The page cache is hot: every input is read once before each run, because
+some systems drop what was not used for a few seconds (not in `memory`, which is not about time).
+Outputs are removed and written pages flushed before each run, too. Peak is the largest resident set
+that the kernel saw (`ru_maxrss` of the process and the children it waited for; 1 MB = 1,000,000
+bytes). It counts mapped pages of files, which the kernel could take back; so `anonymous`, read from
+/proc every 20 ms, stands beside it. "start-up" is a tool that imports what it needs and does nothing;
+ours also reads the descriptions of all tensors (`--dry-run`).
 """
 
 import argparse

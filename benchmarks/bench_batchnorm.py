@@ -167,31 +167,31 @@ def measure(name: str, options: argparse.Namespace, device: torch.device) -> dic
     calls = contenders(model, parts, device)
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wanted = population(model, parts)
-    times: dict[str, list[float]] = {name: [] for name, call in calls.items() if call is not None}
+    times: dict[str, list[float]] = {each: [] for each, call in calls.items() if call is not None}
     off: dict[str, tuple[float, float]] = {}
     for round_number in range(options.repeats + 1):
-        for name, call in calls.items():
+        for label, call in calls.items():
             if call is None:
                 continue
             taken = seconds(call, synchronize)
             if round_number:  # the first round warms up
-                times[name].append(taken)
-            elif name not in (FLOOR, HALF_FLOOR):
-                off[name] = distances(model, wanted)
-    median = {name: statistics.median(values) for name, values in times.items()}
+                times[label].append(taken)
+            elif label not in (FLOOR, HALF_FLOOR):
+                off[label] = distances(model, wanted)
+    median = {each: statistics.median(values) for each, values in times.items()}
     base = median[TORCH]
     print(f"{samples} images of {pixels} px in batches of {batch_size}, {device}")  # noqa: T201
     heads = f"{'median ms':>11}{'min':>9}{'max':>9}{'ratio':>8}{'mean off':>11}{'var off':>11}"
     print(f"{'':30}{heads}")  # noqa: T201
-    for name in calls:
-        if name not in times:
-            print(f"{name:30}{'not measured':>14}")  # noqa: T201
+    for label in calls:
+        if label not in times:
+            print(f"{label:30}{'not measured':>14}")  # noqa: T201
             continue
-        values = times[name]
-        row = f"{median[name] * 1e3:11.1f}{min(values) * 1e3:9.1f}{max(values) * 1e3:9.1f}"
-        row += f"{median[name] / base:8.2f}"
-        row += "".join(f"{value:11.1e}" for value in off.get(name, ()))
-        print(f"{name:30}{row}")  # noqa: T201
+        values = times[label]
+        row = f"{median[label] * 1e3:11.1f}{min(values) * 1e3:9.1f}{max(values) * 1e3:9.1f}"
+        row += f"{median[label] / base:8.2f}"
+        row += "".join(f"{value:11.1e}" for value in off.get(label, ()))
+        print(f"{label:30}{row}")  # noqa: T201
     print()  # noqa: T201
     return {
         "samples": samples,
@@ -201,12 +201,12 @@ def measure(name: str, options: argparse.Namespace, device: torch.device) -> dic
         "ratio_bf16_channels_last": round(median[BOTH] / base, 3),
         "ratio_of_its_forward_pass": round(median[HALF_FLOOR] / base, 3),
         "ratio_to_fvcore": round(median[OURS] / median[FVCORE], 3) if FVCORE in median else None,
-        "median_s": {name: round(median[name], 4) if name in median else None for name in calls},
+        "median_s": {each: round(median[each], 4) if each in median else None for each in calls},
         "mean_off_std": {
-            name: float(f"{off[name][0]:.2e}") if name in off else None for name in calls
+            each: float(f"{off[each][0]:.2e}") if each in off else None for each in calls
         },
         "var_off_relative": {
-            name: float(f"{off[name][1]:.2e}") if name in off else None for name in calls
+            each: float(f"{off[each][1]:.2e}") if each in off else None for each in calls
         },
     }
 

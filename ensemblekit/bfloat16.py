@@ -12,12 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 from ensemblekit.dtypes import DTYPES, to_bfloat16
-from ensemblekit.mixing import Bytes, Moments, NotRegular, Scratch
+from ensemblekit.mixing import SMALL, Bytes, Moments, NotRegular, Scratch
 
 KIND = DTYPES["bfloat16"].numpy
+BLOCK_VALUES = (
+    1 << 20
+)  # of all snapshots; fewer steps of the interpreter are worth more than caches
 _MOST_SNAPSHOTS = 64
 _HUGE = 0x7180  # bits of 2^100: the sum of such values could leave float32
-_LARGE = 0x5000  # bits of 2^33: the sum of their squares could
+_LARGE = 0x5000  # bits of 2^33: sums of squares stay far below what float32 can hold
 _MOST_DOUBTS = 32  # when one element in so many is summed twice, float64 alone is quicker
 
 
@@ -35,11 +38,12 @@ def mean(block_KB: Bytes, scratch: Scratch, moments: Moments | None = None) -> B
         moments: Added to, in float32; None where other blocks of the tensor tell enough.
 
     Raises:
-        NotRegular: Nothing was done: NaN, Inf, very large values, too many doubts or snapshots, or
-            an odd number of values.
+        NotRegular: Nothing was done: NaN, Inf, very large values, too many doubts or snapshots, an
+            odd number of values, or moments of so few that they are worth float64.
     """
     count = len(block_KB)
-    if block_KB.shape[1] % 4 or count > _MOST_SNAPSHOTS:
+    small = moments is not None and block_KB.size <= SMALL * KIND.itemsize
+    if small or block_KB.shape[1] % 4 or count > _MOST_SNAPSHOTS:
         raise NotRegular
     pairs_KH = block_KB.view(np.uint32)  # of two values each; the first one is the lower half
     largest = _HUGE if moments is None else _LARGE

@@ -17,18 +17,29 @@ from ensemblekit.pieces import PiecesReader
 from ensemblekit.snapshots import Snapshot
 from ensemblekit.tables import TensorTable, one_form
 
-_BLOCK_VALUES = 1 << 19  # values of all snapshots together that are in hand at a time
-_HALVES = 2  # so many times more of two bytes each
+BLOCK_VALUES = 1 << 19  # values of all snapshots together that are in hand at a time
 _READ_BLOCK = 1 << 20
 
 
 class TensorBlocks:
-    """Blocks of one tensor in every snapshot, in the order in which the storages hold them."""
+    """Blocks of one tensor in every snapshot, in the order in which the storages hold them.
+
+    Args:
+        key: Of the tensor.
+        snapshots: That hold it.
+        scratch: Memory for the blocks.
+        most: Values of all snapshots together in a block.
+    """
 
     def __init__(
-        self, key: str, snapshots: Sequence[Snapshot], scratch: Scratch | None = None
+        self,
+        key: str,
+        snapshots: Sequence[Snapshot],
+        scratch: Scratch | None = None,
+        most: int | None = None,
     ) -> None:
         self.key = key
+        self.most = most or BLOCK_VALUES
         self.scratch = scratch or Scratch()
         self.snapshots = snapshots
         self.specs = [snapshot.tensors[key] for snapshot in snapshots]
@@ -48,8 +59,7 @@ class TensorBlocks:
         """(byte offset, array of K rows of bytes); the array is reused."""
         spec = self.specs[0]
         itemsize = spec.type.itemsize
-        most = _BLOCK_VALUES * (_HALVES if itemsize == 2 else 1)
-        count = max(256, most // len(self.specs)) & ~1  # `bfloat16` looks at pairs
+        count = max(256, self.most // len(self.specs)) & ~1  # `bfloat16` looks at pairs
         step = min(count * itemsize, spec.nbytes)
         buffer = self.scratch.array("block", (len(self.specs), step), np.uint8)
         sums = [0] * len(self.specs)

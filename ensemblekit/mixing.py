@@ -23,7 +23,7 @@ from ensemblekit.dtypes import DType, narrow, to_bfloat16
 Bytes = npt.NDArray[np.uint8]
 
 _SHRINK = 2.0**-100
-_SMALL = 1 << 16  # values whose moments are summed in float64; float32's are good to 1e-5
+SMALL = 1 << 16  # values whose moments are summed in float64; float32's are good to 1e-5
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _HALF = np.dtype(np.float16)
 _SINGLE = np.dtype(np.float32)
@@ -139,7 +139,7 @@ def quick(
         moments = Moments.none(len(wide_KN))  # a sum does not see what it leaves out
     seen_KN: npt.NDArray[Any] = wide_KN
     if moments is not None:
-        if wide_KN.size <= _SMALL:
+        if wide_KN.size <= SMALL:
             seen_KN = wide_KN.astype(np.float64)
         with np.errstate(over="ignore", invalid="ignore"):
             squares_K = np.einsum("kn,kn->k", seen_KN, seen_KN)

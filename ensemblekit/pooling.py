@@ -62,8 +62,9 @@ def statistics_of(name: str, layer: nn.Module, x: torch.Tensor, *, least: int = 
     per_sample = max(x.numel() // max(len(x), 1), 1)
     parts = torch.split(x, max(1, _CHUNK // per_sample))
     half = x.dtype in (torch.bfloat16, torch.float16) and x.device.type in ("cpu", "cuda")
-    pool = _half_pool(parts, exact) if half else None
-    if pool is None:
+    if half:
+        pool = _half_pool(parts, exact)
+    else:
         pool, *others = (_moments(part, exact) for part in parts)
         for other in others:
             pool.add(other)
@@ -84,18 +85,21 @@ def _moments(x: torch.Tensor, exact: torch.dtype) -> Pool:
     return Pool(float(count), mean_C, deviations_C)
 
 
-def _half_pool(parts: Sequence[torch.Tensor], exact: torch.dtype) -> Pool | None:
+def _half_pool(parts: Sequence[torch.Tensor], exact: torch.dtype) -> Pool:
     """Torch's own sums, in float32: less than 1e-4 off, where rounding the values takes 1e-3.
 
-    None where a large mean drowns what differs from it.
+    Parts in which a large mean drowns what differs from it are summed again.
     """
     channels = parts[0].shape[1]
-    any_C = parts[0].new_zeros(channels, dtype=torch.float32)  # its type is the results' type
+    # running values whose type is that of the results; at momentum 0 they take no part in them
+    any_C = parts[0].new_zeros(channels, dtype=torch.float32)
     found = [torch.batch_norm_update_stats(part, any_C, any_C, 0.0) for part in parts]
     mean_PC = torch.stack([mean_C for mean_C, _ in found]).to(exact)
     variance_PC = torch.stack([variance_C for _, variance_C in found]).to(exact)
-    if bool((mean_PC.square() > _HALF_DROWNED * variance_PC).any()):
-        return None
+    drowned_P = (mean_PC.square() > _HALF_DROWNED * variance_PC).any(1)
+    for p in drowned_P.nonzero().flatten().tolist():
+        again = _moments(parts[p], exact)
+        mean_PC[p], variance_PC[p] = again.mean_C, again.deviations_C / again.count
     counts = [part.numel() // channels for part in parts]
     counts_P1 = torch.tensor(counts, dtype=exact, device=mean_PC.device)[:, None]
     mean_C = (mean_PC * counts_P1).sum(0) / sum(counts)
@@ -137,6 +141,7 @@ class InstancePool(Pool):
 
 
 def _check_finite(name: str, mean_C: torch.Tensor, variance_C: torch.Tensor) -> None:
+    # NaN and Inf do not leave a sum; a sum of what is finite leaves the range at 1e300 only
     if not isfinite(float(mean_C.sum() + variance_C.sum())):
         raise NotFiniteError(
             f"layer '{name}' receives NaN or Inf",

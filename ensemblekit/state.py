@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,7 +101,7 @@ def sums(
     dtype: str | None = None,
     replaced: frozenset[str] = frozenset(),
     threads: int | None = None,
-    busy: Callable[[], bool] = lambda: False,
+    others: Callable[[], int] = lambda: 0,
 ) -> dict[str, Moments]:
     """Make the weights of every row in one read of the snapshots.
 
@@ -118,7 +118,7 @@ def sums(
         dtype: Type of the floating-point results; the sources' own when None.
         replaced: Keys whose values the caller replaces; they need not make sense.
         threads: Workers; default: one for each core, at most 4.
-        busy: Whether other threads want half of the cores: then half of the workers hold back.
+        others: How many cores other threads of this process want now: so many are left to them.
 
     Returns:
         By key, what `similarity` is made of.
@@ -141,22 +141,26 @@ def sums(
     followers = {key for group in twins.values() for key in group[1:]}
     jobs = [key for key in snapshots.first.tensors if key in wanted and key not in followers]
     jobs.sort(key=lambda key: -snapshots.first.tensors[key].nbytes)  # long ones first
+    cores = threads or usable_cores()
+    workers = threads or min(4, cores)
     waiting = deque(jobs)
 
     def run(number: int) -> None:
         while waiting:
-            if number and number >= workers // 2 and busy():
+            if number >= max(1, cores - others()):
                 time.sleep(_PATIENCE_S)
                 continue
-            with contextlib.suppress(IndexError):  # another worker took the last one
+            try:
                 key = waiting.popleft()
-                own = [_fan_out(sink, twins.get(key, (key,))) for sink in sinks]
-                _average_tensor(snapshots, key, rows, own, work)
+            except IndexError:  # another worker took the last one
+                return
+            own = [_fan_out(sink, twins.get(key, (key,))) for sink in sinks]
+            _average_tensor(snapshots, key, rows, own, work)
 
-    workers = threads or min(4, usable_cores())
+    futures: list[Future[None]] = []
     with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(run, number) for number in range(workers)]
         try:
+            futures.extend(pool.submit(run, number) for number in range(workers))
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:  # also when interrupted: leaving the pool waits for tensors under way
             waiting.clear()
@@ -205,11 +209,14 @@ def _average_tensor(
     sinks: Sequence[Sink],
     work: _Work,
 ) -> None:
-    reader = TensorBlocks(key, snapshots.snapshots, work.scratch)
+    own = snapshots.first.tensors[key].type
+    target = work.target(own)
+    narrow = own.real == bfloat16.KIND and target is None and _plain_mean(rows)
+    most = bfloat16.BLOCK_VALUES if narrow else None
+    reader = TensorBlocks(key, snapshots.snapshots, work.scratch, most)
     spec = reader.specs[0]
     if spec.size == 0:
         return
-    target = work.target(spec.type)
     growth = 1 if target is None else target.itemsize / spec.type.itemsize
     size = (target or spec.type).itemsize * spec.size
     collected = [] if reader.permutation is None else [np.empty(size, np.uint8) for _ in rows]

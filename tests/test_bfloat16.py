@@ -158,12 +158,12 @@ def test_the_result_does_not_depend_on_what_the_memory_held() -> None:
 @pytest.mark.parametrize("count", [2, 5, 8])
 def test_moments_are_those_of_the_values(count: int) -> None:
     """Beside float64, over two blocks."""
-    bits_KN = near(3, count, 40_000, 0.1)
+    bits_KN = near(3, count, 80_000, 0.1)
     values_KN, mean_N = values(bits_KN), values(bits_KN).mean(0)
     moments = Moments.none(count)
     for block_KN in np.split(bits_KN, 2, axis=1):
         mean(np.ascontiguousarray(block_KN).view(np.uint8), Scratch(), moments)
-    assert moments.values == 40_000
+    assert moments.values == 80_000
     np.testing.assert_allclose(moments.squares_K, (values_KN**2).sum(1), rtol=1e-5)
     np.testing.assert_allclose(moments.products_K, values_KN @ mean_N, rtol=1e-5)
     assert moments.square == pytest.approx(float(mean_N @ mean_N), rel=1e-5)
@@ -175,11 +175,11 @@ def test_moments_are_those_of_the_values(count: int) -> None:
         float("nan"),
         float("inf"),
         2.0**101,
-        2.0**34,  # whose square float32 could not sum a million times
+        2.0**34,  # sums of such squares are left to float64
     ],
 )
 def test_what_is_refused_leaves_no_moments(odd: float) -> None:
-    bits_KN = near(4, 3, 4096, 0.1)
+    bits_KN = near(4, 3, 40_000, 0.1)
     bits_KN[1, 77] = np.array(odd).astype(KIND).view(np.uint16)
     moments = Moments.none(3)
     with pytest.raises(NotRegular):
@@ -188,3 +188,10 @@ def test_what_is_refused_leaves_no_moments(odd: float) -> None:
     assert not moments.values
     if odd == 2.0**34:
         mean(bits_KN.view(np.uint8), Scratch())  # the mean itself is sound
+
+
+def test_moments_of_few_values_are_worth_float64() -> None:
+    """Squares of a tensor of tiny values vanish in float32."""
+    bits_KN = near(5, 4, 512, 0.1)
+    with pytest.raises(NotRegular):
+        mean(bits_KN.view(np.uint8), Scratch(), Moments.none(4))

@@ -89,7 +89,7 @@ def test_without_running_statistics_and_counters(tmp_path: Path) -> None:
 
 
 def test_more_than_one_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ensemblekit.blocks._BLOCK_VALUES", 1024)
+    monkeypatch.setattr("ensemblekit.blocks.BLOCK_VALUES", 1024)
     members = [make_arrays(k, size=700) for k in range(3)]
     paths = [write_safetensors(tmp_path / f"{k}.safetensors", m) for k, m in enumerate(members)]
     check(paths, members)

@@ -275,11 +275,11 @@ def many(folder: Path, count: int = 12) -> SnapshotSet:
 
 
 class TestSharedCores:
-    """Half of the workers hold back while others want the cores."""
+    """Workers hold back while other threads want their cores."""
 
     @staticmethod
     def run(
-        snapshots: SnapshotSet, busy: Callable[[], bool], threads: int
+        snapshots: SnapshotSet, others: Callable[[], int], threads: int
     ) -> tuple[dict[str, Array], set[int]]:
         """What came out, and how many threads made it."""
         arrays, sink = array_sink(snapshots.first.signature)
@@ -290,29 +290,31 @@ class TestSharedCores:
             time.sleep(0.002)
             sink(key, offset, data)
 
-        sums(snapshots, [mean_row(2)], [noted], threads=threads, busy=busy)
+        sums(snapshots, [mean_row(2)], [noted], threads=threads, others=others)
         return arrays, makers
 
+    @pytest.mark.parametrize("others", [0, 1, 2, 5])
     @pytest.mark.parametrize("threads", [1, 2, 3, 4])
-    def test_while_others_are_busy(self, tmp_path: Path, threads: int) -> None:
+    def test_while_others_are_at_work(self, tmp_path: Path, threads: int, others: int) -> None:
         snapshots = many(tmp_path)
-        arrays, makers = self.run(snapshots, lambda: True, threads)
-        assert len(makers) <= max(1, threads // 2)
+        arrays, makers = self.run(snapshots, lambda: others, threads)
+        assert len(makers) <= max(1, threads - others)
         for key, value in materialize(snapshots, [mean_row(2)])[0][0].items():
             np.testing.assert_array_equal(arrays[key], value)
 
     def test_when_others_are_done(self, tmp_path: Path) -> None:
         start = time.perf_counter()
-        _, makers = self.run(many(tmp_path, 60), lambda: time.perf_counter() - start < 0.03, 2)
+        _, makers = self.run(many(tmp_path, 60), lambda: int(time.perf_counter() - start < 0.03), 2)
         assert len(makers) == 2
 
-    def test_an_error_ends_those_that_wait(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("kind", [RuntimeError, IndexError])
+    def test_an_error_ends_those_that_wait(self, tmp_path: Path, kind: type[Exception]) -> None:
         snapshots, begun = many(tmp_path), []
 
         def broken(key: str, offset: int, data: Array) -> None:
             begun.append(key)
-            raise RuntimeError("the sink is broken")
+            raise kind("the sink is broken")
 
-        with pytest.raises(RuntimeError, match="the sink is broken"):
-            sums(snapshots, [mean_row(2)], [broken], threads=4, busy=lambda: True)
+        with pytest.raises(kind, match="the sink is broken"):
+            sums(snapshots, [mean_row(2)], [broken], threads=4, others=lambda: 2)
         assert len(begun) <= 2  # nobody goes on with what comes to nothing

@@ -100,6 +100,7 @@ def average(
         all_taken = candidate is None and (selection is None or selection.takes_all)
         wanted = path is not None and not dry_run and rank() == 0 and all_taken
         snapshots = discover(*paths, selection=selection, seen=digests.start if wanted else None)
+        digests.keep(snapshots)
         if candidate is not None:
             name, comparison = candidate[0], Path(candidate[1])
             return _measured_before(
@@ -138,7 +139,7 @@ def average(
             notes=(*result.notes, *measured.notes),
         )
         weights = _Weights(
-            snapshots, row, measured, warnings, dtype=dtype, strict=strict, busy=digests.busy
+            snapshots, row, measured, warnings, dtype=dtype, strict=strict, others=digests.at_work
         )
         if method in averaging.CHOSEN_ON_DATA:
             weights.chosen_on = "val"
@@ -199,9 +200,9 @@ def _measured_before(
         return early
     if rank() != 0:
         return planned
-    dtype, busy = target.dtype, digests.busy
+    dtype, others = target.dtype, digests.at_work
     weights = _Weights(
-        taken.snapshots, row, measured, warnings, dtype=dtype, strict=strict, busy=busy
+        taken.snapshots, row, measured, warnings, dtype=dtype, strict=strict, others=others
     )
     weights.chosen_on = taken.candidate.chosen_on
     return _written(result, weights, target, terms, digests, command, ModelOptions())
@@ -335,7 +336,7 @@ class _Weights:
         *,
         dtype: str | None,
         strict: bool,
-        busy: Callable[[], bool],
+        others: Callable[[], int],
     ) -> None:
         self.snapshots = snapshots
         self.row = row
@@ -344,7 +345,7 @@ class _Weights:
         self.warnings = warnings
         self.dtype = dtype
         self.strict = strict
-        self.busy = busy
+        self.others = others
         self.chosen_on: str | None = None
         self.similarity = Similarity(())
         self.moments: dict[str, Moments] = {}
@@ -363,7 +364,7 @@ class _Weights:
             keys=keys,
             dtype=self.dtype,
             replaced=frozenset(self.statistics),
-            busy=self.busy,
+            others=self.others,
         )
         for key, values in self.statistics.items():
             if keys is None or key in keys:

@@ -84,14 +84,17 @@ def _is_plain(value: Any) -> bool:
 class Digests:
     """SHA-256 of inputs, made beside other work: leaving the context stops what is left.
 
-    Half of the cores are for the other work: threads that take the interpreter from each other at
-    every step are slower together than one of them.
+    They take half of the cores, at most four, and `at_work` tells the other work of them: more
+    threads than cores only take the interpreter from each other.
     """
 
     def __init__(self) -> None:
         self._stop = threading.Event()
-        self._pool = ThreadPoolExecutor(max(1, min(4, usable_cores() // 2)))
+        self._threads = max(1, min(4, usable_cores() // 2))
+        self._pool = ThreadPoolExecutor(self._threads)
         self._futures: dict[Source, Future[str]] = {}
+        self._open = 0
+        self._lock = threading.Lock()
 
     def __enter__(self) -> "Digests":
         return self
@@ -104,28 +107,41 @@ class Digests:
         """Begin with the files of a snapshot, if that has not happened yet."""
         for source in snapshot.sources:
             if source not in self._futures:
-                self._futures[source] = self._pool.submit(sha256, source, self._stop.is_set)
+                future = self._pool.submit(sha256, source, self._stop.is_set)
+                with self._lock:
+                    self._open += 1
+                future.add_done_callback(self._closed)
+                self._futures[source] = future
 
-    def busy(self) -> bool:
-        """Whether there are digests to make."""
-        return not all(future.done() for future in self._futures.values())
+    def _closed(self, _: Future[str]) -> None:
+        with self._lock:
+            self._open -= 1
 
-    def of(self, snapshots: SnapshotSet) -> list[dict[str, str]]:
-        """The file and digest of each input; waits for the last one, and makes some meanwhile."""
-        for snapshot in snapshots.snapshots:
-            self.start(snapshot)
+    def at_work(self) -> int:
+        """Threads that make digests now."""
+        return self._threads if self._open else 0
+
+    def keep(self, snapshots: SnapshotSet) -> None:
+        """Make none of files that turned out to be no inputs."""
         taken = {source for snapshot in snapshots.snapshots for source in snapshot.sources}
         for source, future in self._futures.items():
             if source not in taken:
                 future.cancel()
-        made: dict[Source, str] = {}
-        for source in reversed(self._futures):
-            if source in taken and self._futures[source].cancel():
-                made[source] = sha256(source)
+
+    def of(self, snapshots: SnapshotSet) -> list[dict[str, str]]:
+        """The file and digest of each input; waits for the last one, and makes some meanwhile."""
+        self.keep(snapshots)
+        for snapshot in snapshots.snapshots:
+            self.start(snapshot)
+        sources = [source for snapshot in snapshots.snapshots for source in snapshot.sources]
+        for source in reversed(sources):
+            if self._futures[source].cancel():
+                made: Future[str] = Future()
+                made.set_result(sha256(source))
+                self._futures[source] = made
         return [
-            {"file": str(source.path), "sha256": made.get(source) or self._futures[source].result()}
-            for snapshot in snapshots.snapshots
-            for source in snapshot.sources
+            {"file": str(source.path), "sha256": self._futures[source].result()}
+            for source in sources
         ]
 
 

@@ -59,7 +59,7 @@ def test_digests_of_all_inputs(tmp_path: Path, started: int) -> None:
         for snapshot in snapshots.snapshots[:started]:
             digests.start(snapshot)
         assert digests.of(snapshots) == expected(snapshots)
-        assert not digests.busy()
+        assert digests.at_work() == 0
         assert digests.of(snapshots) == expected(snapshots)
 
 
@@ -70,11 +70,25 @@ def test_the_waiting_thread_makes_those_not_begun(
     with Digests() as digests:
         for snapshot in snapshots.snapshots:
             digests.start(snapshot)
-        assert digests.busy()
+        assert digests.at_work() > 0
         threading.Timer(0.2, gate.opened.set).start()
         assert digests.of(snapshots) == expected(snapshots)
     assert gate.makers["step_5.safetensors"] == threading.main_thread().name
     assert gate.makers["step_0.safetensors"] != threading.main_thread().name
+
+
+def test_no_digest_is_made_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshots, made = saved(tmp_path, 5), []
+    honest = provenance.sha256
+
+    def counted(source: Source, stopped: object = None) -> str:
+        made.append(source.path.name)
+        return honest(source)
+
+    monkeypatch.setattr(provenance, "sha256", counted)
+    with Digests() as digests:
+        assert digests.of(snapshots) == digests.of(snapshots) == expected(snapshots)
+    assert sorted(made) == [f"step_{k}.safetensors" for k in range(5)]
 
 
 def test_what_was_not_taken_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,8 +97,10 @@ def test_what_was_not_taken_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with Digests() as digests:
         for snapshot in snapshots.snapshots:
             digests.start(snapshot)
+        digests.keep(fewer)
         gate.opened.set()
         assert digests.of(fewer) == expected(fewer)
+        assert "step_5.safetensors" not in gate.makers
         # and can be asked for later all the same
         assert digests.of(snapshots) == expected(snapshots)
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ensemblekit import blocks
+from ensemblekit import bfloat16, blocks
 from ensemblekit.candidates import Row, mean_row, one_hot
 from ensemblekit.snapshots import SnapshotSet
 from ensemblekit.state import array_sink, materialize, weighted_sums
@@ -155,7 +155,10 @@ def test_neither_blocks_nor_threads_matter(
     with on_disk(network.states) as snapshots:
         [expected] = made(snapshots, row)
         arrays, sink = array_sink(snapshots.first.signature)
-        with mock.patch.object(blocks, "_BLOCK_VALUES", 1):
+        with (
+            mock.patch.object(blocks, "BLOCK_VALUES", 1),
+            mock.patch.object(bfloat16, "BLOCK_VALUES", 1),
+        ):
             weighted_sums(snapshots, [row], [sink], threads=threads)
     assert not unlike({key: array.tobytes() for key, array in arrays.items()}, expected)
 
@@ -168,7 +171,10 @@ def test_where_a_block_ends_does_not_matter(dtype: str) -> None:
         state["w"][256:] = states[0]["w"][256:]
     with on_disk(states) as snapshots:
         [whole] = made(snapshots, mean_row(9))
-        with mock.patch.object(blocks, "_BLOCK_VALUES", 1):
+        with (
+            mock.patch.object(blocks, "BLOCK_VALUES", 1),
+            mock.patch.object(bfloat16, "BLOCK_VALUES", 1),
+        ):
             [in_parts] = made(snapshots, mean_row(9))
     assert not unlike(whole, in_parts)
 
