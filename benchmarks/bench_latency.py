@@ -22,52 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from networks import ViT, resnet50
+from networks import ViT, resnet18, resnet50
 from torch import nn
 
 from ensemblekit import EnsembleModule, Head, ModelOptions, fastest
 from ensemblekit.commands.bench import BenchOptions, bench, best_rows
 from ensemblekit.latency import Effort, measure
 from ensemblekit.runtimes.torch_eager import device_clock
-
-
-class Basic(nn.Module):
-    """The block of ResNet-18."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
-            nn.BatchNorm2d(outputs),
-        )
-        self.short: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            self.short = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """One block."""
-        return torch.relu(self.body(x) + self.short(x))
-
-
-def resnet18() -> nn.Module:
-    """ResNet-18's shape: 11.7 million parameters."""
-    layers: list[nn.Module] = [
-        nn.Conv2d(3, 64, 7, 2, 3, bias=False),
-        nn.BatchNorm2d(64),
-        nn.ReLU(inplace=True),
-        nn.MaxPool2d(3, 2, 1),
-    ]
-    inputs = 64
-    for stage in range(4):
-        outputs = 64 << stage
-        layers += [Basic(inputs, outputs, 2 if stage else 1), Basic(outputs, outputs, 1)]
-        inputs = outputs
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 1000))
 
 
 def vit_s() -> nn.Module:

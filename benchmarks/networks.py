@@ -1,5 +1,7 @@
 """Networks that the benchmarks measure, in plain torch."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import nn
 
@@ -35,47 +37,66 @@ def resnet20() -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
-class Bottleneck(nn.Module):
-    """The block of ResNet-50."""
+class Residual(nn.Module):
+    """A body and a shortcut, as in ResNet-18 and larger ones (He et al. 2016)."""
 
-    def __init__(self, inputs: int, width: int, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int, body: nn.Sequential) -> None:
         super().__init__()
-        outputs = 4 * width
-        self.body = nn.Sequential(
-            nn.Conv2d(inputs, width, 1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(width, width, 3, stride, 1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(width, outputs, 1, bias=False),
-            nn.BatchNorm2d(outputs),
-        )
+        self.body = body
         self.short: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
-            self.short = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
+            self.short = nn.Sequential(*normed(inputs, outputs, 1, stride))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """One block."""
         return torch.relu(self.body(x) + self.short(x))
 
 
-def resnet50() -> nn.Module:
-    """ResNet-50's shape: 25.6 million parameters, 224 x 224 images."""
-    layers: list[nn.Module] = [
-        nn.Conv2d(3, 64, 7, 2, 3, bias=False),
-        nn.BatchNorm2d(64),
+def normed(inputs: int, outputs: int, kernel: int, stride: int = 1) -> tuple[nn.Module, nn.Module]:
+    """A convolution and its BatchNorm."""
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
+    return conv, nn.BatchNorm2d(outputs)
+
+
+def basic(inputs: int, outputs: int, stride: int) -> Residual:
+    """The block of ResNet-18."""
+    body = [
+        *normed(inputs, outputs, 3, stride),
         nn.ReLU(inplace=True),
-        nn.MaxPool2d(3, 2, 1),
+        *normed(outputs, outputs, 3),
     ]
+    return Residual(inputs, outputs, stride, nn.Sequential(*body))
+
+
+def bottleneck(inputs: int, outputs: int, stride: int) -> Residual:
+    """The block of ResNet-50."""
+    width = outputs // 4
+    body = [*normed(inputs, width, 1), nn.ReLU(inplace=True)]
+    body += [*normed(width, width, 3, stride), nn.ReLU(inplace=True), *normed(width, outputs, 1)]
+    return Residual(inputs, outputs, stride, nn.Sequential(*body))
+
+
+def resnet(
+    block: Callable[[int, int, int], Residual], blocks: Sequence[int], width: int
+) -> nn.Sequential:
+    """A ResNet for large images whose first stage has `width` channels."""
+    layers = [*normed(3, 64, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
     inputs = 64
-    for stage, blocks in enumerate((3, 4, 6, 3)):
-        for place in range(blocks):
-            layers.append(Bottleneck(inputs, 64 << stage, 2 if stage and not place else 1))
-            inputs = 256 << stage
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2048, 1000))
+    for stage, count in enumerate(blocks):
+        for place in range(count):
+            layers.append(block(inputs, width << stage, 2 if stage and not place else 1))
+            inputs = width << stage
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 1000))
+
+
+def resnet18() -> nn.Sequential:
+    """ResNet-18's shape: 11.7 million parameters."""
+    return resnet(basic, (2, 2, 2, 2), 64)
+
+
+def resnet50() -> nn.Sequential:
+    """ResNet-50's shape: 25.6 million parameters, 224 x 224 images."""
+    return resnet(bottleneck, (3, 4, 6, 3), 256)
 
 
 class Encoder(nn.Module):
