@@ -15,9 +15,7 @@ from ensemblekit.dtypes import DTYPES, to_bfloat16
 from ensemblekit.mixing import SMALL, Bytes, Moments, NotRegular, Scratch
 
 KIND = DTYPES["bfloat16"].numpy
-BLOCK_VALUES = (
-    1 << 20
-)  # of all snapshots; fewer steps of the interpreter are worth more than caches
+BLOCK_VALUES = 1 << 20  # of all snapshots: fewer steps are worth more than caches
 _MOST_SNAPSHOTS = 64
 _HUGE = 0x7180  # bits of 2^100: the sum of such values could leave float32
 _LARGE = 0x5000  # bits of 2^33: sums of squares stay far below what float32 can hold
