@@ -222,6 +222,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     found = {name: measure(name, options, device) for name in options.networks.split(",")}
+    compared = any(figures["ratio_to_fvcore"] is not None for figures in found.values())
     facts = {
         "benchmark": "batchnorm",
         "networks": found,
@@ -232,7 +233,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "fvcore": importlib.metadata.version("fvcore") if precise_bn(nn.Identity(), []) else None,
+        "fvcore": importlib.metadata.version("fvcore") if compared else None,
         "ensemblekit": ensemblekit.__version__,
         "system": f"{sys.platform} {platform.release()}",
     }

@@ -12,13 +12,13 @@ from ensemblekit.checksums import crc32
 from ensemblekit.containers import Extent, TensorSpec, is_dense, read_array, storage_span
 from ensemblekit.dtypes import DType
 from ensemblekit.errors import DamagedError
+from ensemblekit.files import blocks
 from ensemblekit.mixing import Scratch
 from ensemblekit.pieces import PiecesReader
 from ensemblekit.snapshots import Snapshot
 from ensemblekit.tables import TensorTable, one_form
 
 BLOCK_VALUES = 1 << 19  # values of all snapshots together that are in hand at a time
-_READ_BLOCK = 1 << 20
 
 
 class TensorBlocks:
@@ -127,9 +127,8 @@ def check_shared_storages(
             if extent.crc32 is None:
                 continue
             total = 0
-            for place in range(0, extent.nbytes, _READ_BLOCK):
-                length = min(_READ_BLOCK, extent.nbytes - place)
-                total = crc32(extent.source.read(extent.start + place, length), total)
+            for block in blocks(extent.source, extent.start, extent.nbytes):
+                total = crc32(block, total)
             _check_crc(extent, total, f"{snapshot.path}: '{key}'")
 
 

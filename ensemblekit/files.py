@@ -11,7 +11,7 @@ import os
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -326,11 +326,17 @@ def _kind(mode: int) -> str:
 def sha256(source: Source, stopped: Callable[[], bool] = lambda: False) -> str:
     """Hex SHA-256 of the file's bytes; of nothing in particular when `stopped` says so midway."""
     digest = hashlib.sha256()
-    buffer = memoryview(bytearray(min(_BLOCK, max(source.size, 1))))
-    for offset in range(0, source.size, _BLOCK):
+    for part in blocks(source, 0, source.size):
         if stopped():
             break
-        part = buffer[: min(_BLOCK, source.size - offset)]
-        source.read_into(part, offset)
         digest.update(part)
     return digest.hexdigest()
+
+
+def blocks(source: Readable, start: int, length: int) -> Iterator[memoryview]:
+    """The bytes from `start` on, a megabyte at a time; each block is good until the next one."""
+    buffer = memoryview(bytearray(min(_BLOCK, length)))
+    for done in range(0, length, _BLOCK):
+        part = buffer[: min(_BLOCK, length - done)]
+        source.read_into(part, start + done)
+        yield part

@@ -9,7 +9,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 COMPILERS = ("c++", "g++", "clang++")
@@ -89,6 +88,8 @@ def nvidia_gpus() -> list[str]:
 
 def _said(*line: str) -> str:
     """What another program prints; nothing when it fails, or takes too long."""
+    import subprocess  # which takes a while, and averaging asks for the cores only
+
     try:
         done = subprocess.run(  # noqa: S603  # names of programs stand in this file
             line, capture_output=True, check=True, timeout=_WAIT_S, stdin=subprocess.DEVNULL

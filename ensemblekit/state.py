@@ -211,8 +211,7 @@ def _average_tensor(
 ) -> None:
     own = snapshots.first.tensors[key].type
     target = work.target(own)
-    narrow = own.real == bfloat16.KIND and target is None and _plain_mean(rows)
-    most = bfloat16.BLOCK_VALUES if narrow else None
+    most = bfloat16.BLOCK_VALUES if _in_float32(own.real, rows, target) else None
     reader = TensorBlocks(key, snapshots.snapshots, work.scratch, most)
     spec = reader.specs[0]
     if spec.size == 0:
@@ -257,7 +256,7 @@ def _mix_floats(
     seen = moments if telling else None
     if is_quick(real, rows, target) and not key.endswith("running_var"):
         with contextlib.suppress(NotRegular):
-            if target is None and real == bfloat16.KIND and _plain_mean(rows):
+            if _in_float32(real, rows, target):
                 return [bfloat16.mean(block_KB, work.scratch, seen)]
         with contextlib.suppress(NotRegular):
             results = quick(block_KB, real, rows, seen, work.scratch, target)
@@ -281,8 +280,10 @@ def _mix_floats(
     return results
 
 
-def _plain_mean(rows: Sequence[Row]) -> bool:
-    return len(rows) == 1 and {*rows[0].coefficients} == {1.0}
+def _in_float32(real: np.dtype[Any], rows: Sequence[Row], target: DType | None) -> bool:
+    """Whether `bfloat16.mean` may take it: one plain mean that stays bfloat16."""
+    plain = len(rows) == 1 and {*rows[0].coefficients} == {1.0}
+    return plain and real == bfloat16.KIND and target is None
 
 
 def _pick_integers(

@@ -303,9 +303,17 @@ class TestSharedCores:
             np.testing.assert_array_equal(arrays[key], value)
 
     def test_when_others_are_done(self, tmp_path: Path) -> None:
-        start = time.perf_counter()
-        _, makers = self.run(many(tmp_path, 60), lambda: int(time.perf_counter() - start < 0.03), 2)
-        assert len(makers) == 2
+        """The first worker says so, and goes on when the second one has come."""
+        done, came, first = threading.Event(), threading.Event(), list[int]()
+
+        def noted(key: str, offset: int, data: Array) -> None:
+            first[:] = first or [threading.get_ident()]
+            done.set()
+            if threading.get_ident() != first[0]:
+                came.set()
+            assert came.wait(10)
+
+        sums(many(tmp_path), [mean_row(2)], [noted], threads=2, others=lambda: not done.is_set())
 
     @pytest.mark.parametrize("kind", [RuntimeError, IndexError])
     def test_an_error_ends_those_that_wait(self, tmp_path: Path, kind: type[Exception]) -> None:

@@ -16,9 +16,8 @@ from ensemblekit import writers
 from ensemblekit.atomic import AtomicFile, check_output, locked_folder
 from ensemblekit.checksums import crc32
 from ensemblekit.errors import MachineError, UsageError
+from ensemblekit.files import blocks
 from ensemblekit.writers import Content, Filler, Layout, manifest_path, read_manifest
-
-_BLOCK = 1 << 20
 
 Manifest = Callable[[str], Mapping[str, Any]]
 """Makes the manifest from the SHA-256 of the output."""
@@ -98,15 +97,12 @@ class Filling:
         for offset, data in frame:
             self.file.write_at(data, offset)
         source, digest, sound, end = self.file.seal(), sha256(), True, 0
-        buffer = memoryview(bytearray(_BLOCK))
         parts: list[tuple[int, int, int]] = [(o, len(d), crc32(d)) for o, d in frame]
         parts += [(*self.layout.places[key], crc) for key, crc in self._checksums.items()]
         for start, nbytes, expected in sorted(parts):
             assert start == end, "frame and tensors fill the file without gaps"
             total, end = 0, start + nbytes
-            for place in range(start, end, _BLOCK):
-                block = buffer[: min(_BLOCK, end - place)]
-                source.read_into(block, place)
+            for block in blocks(source, start, nbytes):
                 digest.update(block)
                 total = crc32(block, total)
             sound = sound and total == expected
