@@ -2,10 +2,10 @@
 
 Input: activations. Pools of batches, of devices and of processes add up to the pool of all samples.
 
-Legend of shapes: C channels, P parts of a batch.
+Legend of shapes: N samples, C channels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import isfinite
 
@@ -16,6 +16,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from ensemblekit.errors import InputError, NotFiniteError
 
 _CHUNK = 1 << 18  # values that are widened at a time: they stay in the cache
+_HALF_CHUNK = 1 << 16  # values of a channel that are summed in float32 at a time
 _DROWNED = 1e4  # squared mean over variance beyond which sums of squares lose digits
 _HALF_DROWNED = 1e2  # the same, of sums in float32
 
@@ -59,16 +60,26 @@ def statistics_of(name: str, layer: nn.Module, x: torch.Tensor, *, least: int = 
             f"layer '{name}' sees a single value a channel: a batch of one sample has no variance",
             hint="use a larger batch size, or data whose last batch is larger",
         )
-    per_sample = max(x.numel() // max(len(x), 1), 1)
-    parts = torch.split(x, max(1, _CHUNK // per_sample))
     half = x.dtype in (torch.bfloat16, torch.float16) and x.device.type in ("cpu", "cuda")
     if half:
-        pool = _half_pool(parts, exact)
-    else:
-        pool, *others = (_moments(part, exact) for part in parts)
-        for other in others:
-            pool.add(other)
-    _check_finite(name, pool.mean_C, pool.deviations_C)
+        pool = _in_parts(x, _HALF_CHUNK * x.shape[1], _half_moments, exact)
+    if not half or not _is_finite(pool.mean_C, pool.deviations_C):  # squares overflow in float32
+        pool = _in_parts(x, _CHUNK, _moments, exact)
+        _check_finite(name, pool.mean_C, pool.deviations_C)
+    return pool
+
+
+def _in_parts(
+    x: torch.Tensor,
+    most: int,
+    moments: Callable[[torch.Tensor, torch.dtype], Pool],
+    exact: torch.dtype,
+) -> Pool:
+    """The pool of parts of some samples each, of `most` values."""
+    per_sample = x.numel() // len(x)
+    pool, *others = (moments(part, exact) for part in torch.split(x, max(1, most // per_sample)))
+    for other in others:
+        pool.add(other)
     return pool
 
 
@@ -85,26 +96,18 @@ def _moments(x: torch.Tensor, exact: torch.dtype) -> Pool:
     return Pool(float(count), mean_C, deviations_C)
 
 
-def _half_pool(parts: Sequence[torch.Tensor], exact: torch.dtype) -> Pool:
+def _half_moments(x: torch.Tensor, exact: torch.dtype) -> Pool:
     """Torch's own sums, in float32: less than 1e-4 off, where rounding the values takes 1e-3.
 
-    Parts in which a large mean drowns what differs from it are summed again.
+    Unless a large mean drowns what differs from it.
     """
-    channels = parts[0].shape[1]
+    count = x.numel() // x.shape[1]
     # running values whose type is that of the results; at momentum 0 they take no part in them
-    any_C = parts[0].new_zeros(channels, dtype=torch.float32)
-    found = [torch.batch_norm_update_stats(part, any_C, any_C, 0.0) for part in parts]
-    mean_PC = torch.stack([mean_C for mean_C, _ in found]).to(exact)
-    variance_PC = torch.stack([variance_C for _, variance_C in found]).to(exact)
-    drowned_P = (mean_PC.square() > _HALF_DROWNED * variance_PC).any(1)
-    for p in drowned_P.nonzero().flatten().tolist():
-        again = _moments(parts[p], exact)
-        mean_PC[p], variance_PC[p] = again.mean_C, again.deviations_C / again.count
-    counts = [part.numel() // channels for part in parts]
-    counts_P1 = torch.tensor(counts, dtype=exact, device=mean_PC.device)[:, None]
-    mean_C = (mean_PC * counts_P1).sum(0) / sum(counts)
-    deviations_C = ((variance_PC + (mean_PC - mean_C).square()) * counts_P1).sum(0)
-    return Pool(float(sum(counts)), mean_C, deviations_C)
+    any_C = x.new_zeros(x.shape[1], dtype=torch.float32)
+    mean_C, variance_C = torch.batch_norm_update_stats(x, any_C, any_C, 0.0)
+    if not bool((mean_C.square() <= _HALF_DROWNED * variance_C).all()):  # or NaN
+        return _moments(x, exact)
+    return Pool(float(count), mean_C.to(exact), variance_C.to(exact) * count)
 
 
 def _sums(wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,9 +144,13 @@ class InstancePool(Pool):
 
 
 def _check_finite(name: str, mean_C: torch.Tensor, variance_C: torch.Tensor) -> None:
-    # NaN and Inf do not leave a sum; a sum of what is finite leaves the range at 1e300 only
-    if not isfinite(float(mean_C.sum() + variance_C.sum())):
+    if not _is_finite(mean_C, variance_C):
         raise NotFiniteError(
             f"layer '{name}' receives NaN or Inf",
             hint="check the data for NaN, and the preprocessing against the training's",
         )
+
+
+def _is_finite(mean_C: torch.Tensor, variance_C: torch.Tensor) -> bool:
+    # NaN and Inf do not leave a sum; a sum of what is finite leaves the range at 1e300 only
+    return isfinite(float(mean_C.sum() + variance_C.sum()))

@@ -236,25 +236,27 @@ def checked_spec(
     the file has (a stride of 0 can make a giant out of one number).
     """
     itemsize = DTYPES[dtype].itemsize
-    geometry = f"shape {shape}, stride {stride}, offset {offset}"
-    if any(n < 0 for n in shape) or any(s < 0 for s in stride) or offset < 0:
-        return Unusable(f"has negative geometry: {geometry}", damaged=True)
+
+    def unusable(what: str) -> Unusable:
+        geometry = f"(shape {shape}, stride {stride}, offset {offset})"
+        return Unusable(what.format(geometry), damaged=True)
+
+    if min((offset, *shape, *stride)) < 0:
+        return unusable("has negative geometry {}")
     if len(shape) != len(stride):
-        return Unusable(f"has not one stride for each dimension: {geometry}", damaged=True)
+        return unusable("has not one stride for each dimension {}")
     size = prod(shape)
     if size == 0:
         return TensorSpec(dtype, shape, None, 0, extent)
-    last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+    last = offset
+    for n, step in zip(shape, stride, strict=True):
+        last += (n - 1) * step
     held = extent.nbytes // itemsize
     if last >= held:
-        return Unusable(
-            f"needs {last + 1} elements ({geometry}), its storage holds {held}", damaged=True
-        )
+        return unusable(f"needs {last + 1} elements {{}}, its storage holds {held}")
     if size * itemsize > extent.source.size:
-        return Unusable(
-            f"would take {size * itemsize} bytes ({geometry}) out of a file of "
-            f"{extent.source.size}",
-            damaged=True,
+        return unusable(
+            f"would take {size * itemsize} bytes {{}} out of a file of {extent.source.size}"
         )
     contiguous = stride == _c_strides(shape) or _is_contiguous(shape, stride)
     return TensorSpec(dtype, shape, None if contiguous else stride, offset, extent)

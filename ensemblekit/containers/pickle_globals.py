@@ -254,8 +254,9 @@ REBUILD: dict[tuple[str, str], Callable[[Machine, tuple[Any, ...]], Any]] = {
 def _integers(value: Any) -> tuple[int, ...] | None:
     if not isinstance(value, tuple | list) or len(value) > 64:
         return None
-    if not all(type(n) is int and abs(n) < 2**63 for n in value):
-        return None
+    for n in value:
+        if type(n) is not int or not -(2**63) < n < 2**63:
+            return None
     return tuple(value)
 
 

@@ -31,7 +31,6 @@ class _Mark:
 
 
 _MARK = _Mark()
-_MISSING = object()
 
 
 class EndsTooEarlyError(DamagedError):
@@ -99,18 +98,15 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self) -> Any:
-        steps, data, end, stack = _OPCODES, self.data, len(self.data), self.stack
+        steps, data, end, stack = _STEPS, self.data, len(self.data), self.stack
         for _ in range(MAX_OPCODES):
             if self.place >= end:
                 raise self.too_early("it ends without STOP")
             code = data[self.place]
             self.place += 1
-            step = steps.get(code)
-            if step is None:
-                if code == _STOP:
-                    return self.finish()
-                raise self.damaged(f"opcode 0x{code:02x} is not one that checkpoints use")
-            step(self)
+            if code == _STOP:
+                return self.finish()
+            steps[code](self)
             if len(stack) > MAX_STACK:
                 raise self.damaged(f"more than {MAX_STACK} values on the stack")
         raise self.damaged(f"more than {MAX_OPCODES} opcodes")
@@ -133,11 +129,13 @@ class _Machine:
         return chunk
 
     def number(self, form: struct.Struct) -> Any:
-        start, self.place = self.place, self.place + form.size
-        if self.place > len(self.data):
-            self.place = start
-            raise self.too_early(f"a value of {form.size} bytes runs past the end")
-        return form.unpack_from(self.data, start)[0]
+        try:
+            (value,) = form.unpack_from(self.data, self.place)
+        except struct.error:
+            what = f"a value of {form.size} bytes runs past the end"
+            raise self.too_early(what) from None
+        self.place += form.size
+        return value
 
     def line(self) -> str:
         stop = self.data.find(b"\n", self.place)
@@ -164,10 +162,11 @@ class _Machine:
         return self.pop()  # which says what is wrong
 
     def pop_to_mark(self) -> list[Any]:
-        for i in range(len(self.stack) - 1, -1, -1):
-            if self.stack[i] is _MARK:
-                items = self.stack[i + 1 :]
-                del self.stack[i:]
+        stack = self.stack
+        for i in range(len(stack) - 1, -1, -1):
+            if stack[i] is _MARK:
+                items = stack[i + 1 :]
+                del stack[i:]
                 return items
         raise self.damaged("it looks for a mark that is not there")
 
@@ -175,10 +174,10 @@ class _Machine:
         self.memo[key] = self.peek()
 
     def recall(self, key: int) -> None:
-        value = self.memo.get(key, _MISSING)
-        if value is _MISSING:
-            raise self.damaged(f"memo entry {key} was never written")
-        self.push(value)
+        try:
+            self.stack.append(self.memo[key])
+        except KeyError:
+            raise self.damaged(f"memo entry {key} was never written") from None
 
     def spend(self, amount: int) -> None:
         self.work += amount
@@ -202,7 +201,7 @@ class _Machine:
             return Inert(function.cls, args)
         if not isinstance(function, Global):
             raise self.damaged(f"it calls a {type(function).__name__}")
-        rebuild = REBUILD.get((function.module, function.name))
+        rebuild = REBUILD.get(function)
         if rebuild is None:
             if function.module in ("torch", "torch.cuda") and function.name.endswith("Tensor"):
                 return Unusable(
@@ -217,9 +216,9 @@ class _Machine:
     def refuse_if_hostile(self, function: Any, args: tuple[Any, ...], *, new: bool) -> None:
         verdict = None
         if isinstance(function, Global):
-            verdict = suspects.verdict(function.module, function.name, args, instance_only=new)
-        if verdict is None:
-            for smuggled in (a for a in suspects.flat(args) if isinstance(a, Global)):
+            verdict = suspects.verdict(*function, args, instance_only=new)
+        if verdict is None and args:
+            for smuggled in [a for a in suspects.flat(args) if isinstance(a, Global)]:
                 fetcher = smuggled.name == "getattr"
                 if fetcher or suspects.verdict(smuggled.module, smuggled.name, ()):
                     verdict = f"{smuggled} handed to {_call_name(function)}"
@@ -324,8 +323,50 @@ def _constant(value: Any) -> _Step:
     return lambda m: m.stack.append(value)
 
 
+# Most of a checkpoint's pickle is numbers and memo entries: these steps do without calls, and
+# leave it to the machine's own methods to say what is wrong.
+
+
 def _fixed(form: struct.Struct) -> _Step:
-    return lambda m: m.stack.append(m.number(form))
+    size, read = form.size, form.unpack_from
+
+    def step(m: _Machine) -> None:
+        try:
+            m.stack.append(read(m.data, m.place)[0])
+        except struct.error:
+            m.number(form)
+        m.place += size
+
+    return step
+
+
+def _put(form: struct.Struct) -> _Step:
+    size, read = form.size, form.unpack_from
+
+    def step(m: _Machine) -> None:
+        try:
+            key, value = read(m.data, m.place)[0], m.stack[-1]
+        except (struct.error, IndexError):
+            value = _MARK
+        if value is _MARK:
+            m.remember(m.number(form))
+        m.memo[key] = value
+        m.place += size
+
+    return step
+
+
+def _get(form: struct.Struct) -> _Step:
+    size, read = form.size, form.unpack_from
+
+    def step(m: _Machine) -> None:
+        try:
+            m.stack.append(m.memo[read(m.data, m.place)[0]])
+        except (struct.error, KeyError):
+            m.recall(m.number(form))
+        m.place += size
+
+    return step
 
 
 def _counted(form: struct.Struct, convert: Callable[[bytes], Any]) -> _Step:
@@ -523,12 +564,12 @@ _OPCODES: dict[int, _Step] = {
     0x91: lambda m: m.push(Inert("builtins.frozenset", (), None, m.pop_to_mark())),
     # memo
     ord("p"): lambda m: m.remember(_memo_key(m)),
-    ord("q"): lambda m: m.remember(m.number(_U8)),
-    ord("r"): lambda m: m.remember(m.number(_U32)),
+    ord("q"): _put(_U8),
+    ord("r"): _put(_U32),
     0x94: lambda m: m.remember(len(m.memo)),
     ord("g"): lambda m: m.recall(_memo_key(m)),
-    ord("h"): lambda m: m.recall(m.number(_U8)),
-    ord("j"): lambda m: m.recall(m.number(_U32)),
+    ord("h"): _get(_U8),
+    ord("j"): _get(_U32),
     # names and objects
     ord("c"): _global_lines,
     0x93: _stack_global,
@@ -554,3 +595,11 @@ def _memo_key(m: _Machine) -> int:
     if not text.isdecimal() or len(text) > 18:
         raise m.damaged(f"memo entry {brief(text)}")
     return int(text)
+
+
+def _unknown(m: _Machine) -> None:
+    code = m.data[m.place - 1]
+    raise m.damaged(f"opcode 0x{code:02x} is not one that checkpoints use")
+
+
+_STEPS = [_OPCODES.get(code, _unknown) for code in range(256)]

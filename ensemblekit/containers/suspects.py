@@ -7,7 +7,6 @@ judged by what is allowed: beyond these modules and names a checkpoint has nothi
 
 import _compat_pickle
 import sys
-from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -80,6 +79,7 @@ _BUILTINS = {
     *("type", "zip", "sorted", "len", "sum", "abs", "round", "print", "Ellipsis"),
     "NotImplemented",
 }
+_BY_ARGUMENTS = "depends on the arguments"
 # Outside of the standard library: loaders that run what they load, shells, compilers.
 _LOADERS = {
     "torch": {"load", "compile", "classes", "ops"},
@@ -146,17 +146,24 @@ def verdict(
         args: What it would be called with.
         instance_only: The opcode makes an instance without calling `__init__`.
     """
+    found = _by_name(module, name, instance_only)
+    if found is not _BY_ARGUMENTS:
+        return found
     current_module, current_name = _today(module, name)
-    if current_module in ("builtins", "__builtins__") and not _reaches_in(current_name):
-        found = _builtin(f"{current_module}.{current_name}", current_name, args)
-    else:
-        found = _of_name(current_module, current_name, instance_only=instance_only)
-    if found is None:
-        return None
-    return found.replace(f"{current_module}.{current_name}", f"{module}.{name}")
+    found = _builtin(f"{current_module}.{current_name}", current_name, args)
+    return found and found.replace(f"{current_module}.{current_name}", f"{module}.{name}")
 
 
 @lru_cache(maxsize=1024)  # a checkpoint makes the same few calls for each tensor
+def _by_name(module: str, name: str, instance_only: bool) -> str | None:  # noqa: FBT001
+    """The verdict where the name alone decides it, `_BY_ARGUMENTS` elsewhere."""
+    current_module, current_name = _today(module, name)
+    if current_module in ("builtins", "__builtins__") and not _reaches_in(current_name):
+        return _BY_ARGUMENTS
+    found = _of_name(current_module, current_name, instance_only=instance_only)
+    return found and found.replace(f"{current_module}.{current_name}", f"{module}.{name}")
+
+
 def _of_name(module: str, name: str, *, instance_only: bool) -> str | None:
     full = f"{module}.{name}"
     if (module, name) in _DATA_NAMES or module.startswith("numpy.random."):
@@ -191,14 +198,15 @@ def is_attribute_of_a_class(value: Any) -> bool:
     return name.rpartition(".")[2][:1].isupper() and module not in ("pathlib", "io", "_io")
 
 
-def flat(args: tuple[Any, ...]) -> Iterator[Any]:
+def flat(args: tuple[Any, ...]) -> list[Any]:
     """The arguments and the members of those that are collections, one level deep."""
+    found = [*args]
     for arg in args:
-        yield arg
         if isinstance(arg, tuple | list):
-            yield from arg
+            found += arg
         elif isinstance(arg, dict):
-            yield from arg.values()
+            found += arg.values()
+    return found
 
 
 def _builtin(full: str, name: str, args: tuple[Any, ...]) -> str | None:
