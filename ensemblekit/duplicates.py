@@ -164,9 +164,11 @@ def _leading(spec: TensorSpec, count: int) -> npt.NDArray[np.float64]:
 def _sample(snapshot: Snapshot) -> bytes:
     """A digest of a few elements of a few tensors: equal weights have equal ones."""
     digest = hashlib.sha256(repr(sorted(snapshot.signature.items())).encode())
-    keys = [k for k, spec in sorted(snapshot.tensors.items()) if spec.size and not spec.pieces]
+    keys = sorted(snapshot.tensors)
     for key in keys[:: max(1, len(keys) // _SAMPLED_TENSORS)]:
         spec = snapshot.tensors[key]
+        if spec.size == 0 or spec.pieces:
+            continue
         itemsize = spec.type.itemsize
         last = spec.start + (storage_span(spec) - 1) * itemsize
         for place in (spec.start, last):  # first and last are the same in every memory format

@@ -245,12 +245,13 @@ def checked_spec(
         return unusable("has negative geometry {}")
     if len(shape) != len(stride):
         return unusable("has not one stride for each dimension {}")
-    size = prod(shape)
+    size, last, contiguous = 1, offset, True
+    for n, step in zip(reversed(shape), reversed(stride), strict=True):
+        contiguous = contiguous and (n == 1 or step == size)  # a single row has any stride
+        last += (n - 1) * step
+        size *= n
     if size == 0:
         return TensorSpec(dtype, shape, None, 0, extent)
-    last = offset
-    for n, step in zip(shape, stride, strict=True):
-        last += (n - 1) * step
     held = extent.nbytes // itemsize
     if last >= held:
         return unusable(f"needs {last + 1} elements {{}}, its storage holds {held}")
@@ -258,7 +259,6 @@ def checked_spec(
         return unusable(
             f"would take {size * itemsize} bytes {{}} out of a file of {extent.source.size}"
         )
-    contiguous = stride == _c_strides(shape) or _is_contiguous(shape, stride)
     return TensorSpec(dtype, shape, None if contiguous else stride, offset, extent)
 
 
@@ -297,19 +297,6 @@ def is_dense(spec: TensorSpec) -> bool:
     steps = sorted((s, n) for n, s in zip(spec.shape, spec.stride, strict=True) if n > 1)
     expected = [1, *(s * n for s, n in steps)]
     return all(s == e for (s, _), e in zip(steps, expected, strict=False))
-
-
-def _c_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides, step = [], 1
-    for n in reversed(shape):
-        strides.append(step)
-        step *= max(n, 1)
-    return tuple(reversed(strides))
-
-
-def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    """Strides of dimensions of size 1 say nothing."""
-    return all(n == 1 or s == c for n, s, c in zip(shape, stride, _c_strides(shape), strict=True))
 
 
 def _module(name: str) -> ModuleType:

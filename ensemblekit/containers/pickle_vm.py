@@ -218,7 +218,7 @@ class _Machine:
         if isinstance(function, Global):
             verdict = suspects.verdict(*function, args, instance_only=new)
         if verdict is None and args:
-            for smuggled in [a for a in suspects.flat(args) if isinstance(a, Global)]:
+            for smuggled in suspects.of_type(Global, args):
                 fetcher = smuggled.name == "getattr"
                 if fetcher or suspects.verdict(smuggled.module, smuggled.name, ()):
                     verdict = f"{smuggled} handed to {_call_name(function)}"

@@ -198,14 +198,16 @@ def is_attribute_of_a_class(value: Any) -> bool:
     return name.rpartition(".")[2][:1].isupper() and module not in ("pathlib", "io", "_io")
 
 
-def flat(args: tuple[Any, ...]) -> list[Any]:
-    """The arguments and the members of those that are collections, one level deep."""
-    found = [*args]
+def of_type(kind: type, args: tuple[Any, ...]) -> list[Any]:
+    """Arguments, and members of those that are collections, that are of a type."""
+    found = []
     for arg in args:
-        if isinstance(arg, tuple | list):
-            found += arg
-        elif isinstance(arg, dict):
-            found += arg.values()
+        own = type(arg)
+        if own is kind:
+            found.append(arg)
+        elif own is tuple or own is list or own is dict:
+            members = arg.values() if own is dict else arg
+            found += [member for member in members if type(member) is kind]
     return found
 
 

@@ -7,6 +7,7 @@ wrap a network and prefix its keys; the prefixes say how it was trained, not wha
 import math
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from ensemblekit.containers import Inert, TensorSpec, Unusable, read_array
@@ -106,6 +107,11 @@ def own_keys(keys: list[str]) -> dict[str, str]:
     >>> own_keys(["module._orig_mod.fc.weight", "module._orig_mod.fc.bias"])
     {'module._orig_mod.fc.weight': 'fc.weight', 'module._orig_mod.fc.bias': 'fc.bias'}
     """
+    return {**_own_keys(tuple(keys))}
+
+
+@lru_cache(maxsize=1)  # the snapshots of a run have the same keys
+def _own_keys(keys: tuple[str, ...]) -> dict[str, str]:
     parts = {key: key.split(".") for key in keys}
     while parts:
         counters = [key for key, p in parts.items() if len(p) == 1 and p[0] in _COUNTERS]
@@ -121,6 +127,9 @@ def own_keys(keys: list[str]) -> dict[str, str]:
 
 def ties_in(tensors: Mapping[str, TensorSpec | Unusable]) -> tuple[tuple[str, ...], ...]:
     """Groups of keys that name the same elements of the same storage."""
+    starts = {spec.extent.start for spec in tensors.values() if isinstance(spec, TensorSpec)}
+    if len(starts) == len(tensors):
+        return ()
     groups: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)
     for key, spec in tensors.items():
         if isinstance(spec, TensorSpec) and spec.size and not spec.pieces:

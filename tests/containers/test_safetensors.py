@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from ensemblekit.atomic import AtomicFile
 from ensemblekit.dtypes import DTYPES
+from ensemblekit.errors import DamagedError, UnsupportedError
 from ensemblekit.files import Source
 from ensemblekit.snapshots import Signature
 from ensemblekit.writers import WRITERS, Content
@@ -153,3 +154,42 @@ def test_bytes_are_read_where_the_header_says(tmp_path: Path) -> None:
     spec = tree_of(path).root["w"]
     raw = Source(path).read(spec.start, spec.nbytes)
     assert np.frombuffer(raw, "<i2").tolist() == [0, 1, 2, 3, 4]
+
+
+def test_files_of_one_header_hold_their_own_values(tmp_path: Path) -> None:
+    """What is kept of a header must not be kept of the file."""
+    trees = []
+    for step in (1.0, 2.0):
+        path = tmp_path / f"step_{step}.safetensors"
+        tensors = {"w": torch.full((3, 2), step), "b": torch.full((4,), -step)}
+        safetensors.torch.save_file(tensors, path, {"format": "pt"})
+        trees.append((tree_of(path), tensors, path))
+    for tree, tensors, path in trees:
+        assert_same_tensors({key: tree.root[key] for key in tensors}, tensors)
+        assert [source.path for source in tree.sources] == [path]
+    first, second = trees[0][0], trees[1][0]
+    first.metadata["format"] = "changed"
+    del first.root["w"]
+    assert second.metadata == {"format": "pt"}
+    assert tree_of(trees[1][2]).metadata == {"format": "pt"}
+    assert "w" in tree_of(trees[0][2]).root
+
+
+def test_the_same_header_over_fewer_bytes_is_damaged(tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
+    safetensors.torch.save_file({"w": torch.zeros(8)}, whole)
+    cut.write_bytes(whole.read_bytes()[:-4])
+    for _ in range(2):
+        tree_of(whole)
+        with pytest.raises(DamagedError, match=r"cut\.safetensors.*'w'"):
+            tree_of(cut)
+
+
+def test_an_error_names_the_file_that_has_it(tmp_path: Path) -> None:
+    """Also when another one of the same header was looked at before."""
+    header = b'{"w":{"dtype":"X9","shape":[1],"data_offsets":[0,4]}}'
+    for name in ("one", "two"):
+        path = tmp_path / f"{name}.safetensors"
+        path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+        with pytest.raises(UnsupportedError, match=rf"{name}\.safetensors: 'w': dtype X9"):
+            tree_of(path)
