@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _KINDS: dict[type, dict[str, Any]] = {
     int: {"type": int, "metavar": "N"},
     float: {"type": float, "metavar": "X"},
-    tuple: {"metavar": "X1,X2,..."},
+    tuple: {"type": options.NUMBERS, "metavar": "X1,X2,..."},
 }
 _RULE_OPTIONS = averaging.options()
 RULE_OPTIONS = options.stack(
@@ -51,6 +51,7 @@ _SELECTION = ("weights", "exclude", "last", "every", "from_step", "to_step", "be
 )
 @options.option(
     "--max-shard-size",
+    type=options.SIZE,
     default="5GB",
     show_default=True,
     metavar="SIZE",
@@ -58,7 +59,7 @@ _SELECTION = ("weights", "exclude", "last", "every", "from_step", "to_step", "be
 )
 @options.option(
     "--method",
-    type=click.Choice(list(RULES)),
+    type=options.Choice(list(RULES)),
     help="The averaging rule [default: uniform, or the one whose option is given].",
 )
 @RULE_OPTIONS
@@ -69,7 +70,7 @@ _SELECTION = ("weights", "exclude", "last", "every", "from_step", "to_step", "be
     "--bn",
     default="auto",
     show_default=True,
-    type=click.Choice(["auto", "recompute", "average", "error"]),
+    type=options.Choice(["auto", "recompute", "average", "error"]),
     help="BatchNorm statistics: recompute when there are data, insist, keep the "
     "averaged ones, or refuse those.",
 )
@@ -83,7 +84,7 @@ def command(
     checkpoints: tuple[str, ...],
     output: str,
     dtype: str | None,
-    max_shard_size: str,
+    max_shard_size: int,
     method: str | None,
     candidate: str | None,
     source: str | None,
@@ -109,11 +110,7 @@ def command(
     from ensemblekit.selection import Selection
 
     taken = options.candidate(candidate, source)
-    rule_options = {
-        name: options.numbers(value) if _RULE_OPTIONS[name].kind is tuple else value
-        for name in _RULE_OPTIONS
-        if (value := rest.pop(name)) is not None
-    }
+    rule_options = {name: value for name in _RULE_OPTIONS if (value := rest.pop(name)) is not None}
     if taken is not None and (rule_options or method is not None or bn != "auto"):
         raise UsageError("--candidate has its own coefficients and BatchNorm statistics")
     selecting = {name: rest.pop(name) for name in _SELECTION}
@@ -131,7 +128,7 @@ def command(
             bn=bn,
             candidate=taken,
             dtype=dtype,
-            shard_bytes=options.size(max_shard_size),
+            shard_bytes=max_shard_size,
             force=force,
             dry_run=dry_run,
             strict=strict,

@@ -24,7 +24,12 @@ _FIGURES = ("p50_ms", "p95_ms", "p99_ms", "throughput_per_s", "peak_memory_bytes
 @options.CHECKPOINTS
 @options.CANDIDATE
 @options.option("--ensemble", is_flag=True, help="The ensemble of all checkpoints alone.")
-@options.option("--coefficients", metavar="C1,C2,...", help="One average with these weights alone.")
+@options.option(
+    "--coefficients",
+    type=options.NUMBERS,
+    metavar="C1,C2,...",
+    help="One average with these weights alone.",
+)
 @options.option(
     "--members", metavar="K1,K2,...", help="Sizes of ensembles [default: all checkpoints]."
 )
@@ -61,7 +66,7 @@ _FIGURES = ("p50_ms", "p95_ms", "p99_ms", "throughput_per_s", "peak_memory_bytes
 )
 @options.option(
     "--provider",
-    type=click.Choice(["cpu", "cuda", "tensorrt"]),
+    type=options.Choice(["cpu", "cuda", "tensorrt"]),
     help="Of ONNX Runtime [default: that of the device].",
 )
 @options.option("--threads", type=int, metavar="N", help="Of one operator on the CPU.")
@@ -90,7 +95,7 @@ def command(
     obj: dict[str, bool],
     /,
     checkpoints: tuple[str, ...],
-    coefficients: str | None,
+    coefficients: tuple[float, ...] | None,
     candidate: str | None,
     source: str | None,
     members: str | None,
@@ -128,7 +133,7 @@ def command(
     names = ("ensemble", "combiner", "provider", "threads", "cold", "max_latency_ms", "inputs")
     chosen = BenchOptions(
         candidate=options.candidate(candidate, source),
-        coefficients=None if coefficients is None else options.numbers(coefficients),
+        coefficients=coefficients,
         members=_whole(members, "--members"),
         runtimes=_words(runtimes),
         precisions=_words(precisions),

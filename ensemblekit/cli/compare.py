@@ -61,12 +61,14 @@ _BUDGET = ("max_latency_ms", "latency_batch", "max_members", "max_bytes", "margi
     help="Samples in a batch of that budget.",
 )
 @options.option("--max-members", type=int, metavar="M", help="Budget: models that run.")
-@options.option("--max-bytes", type=int, metavar="N", help="Budget: bytes of weights.")
+@options.option(
+    "--max-bytes", type=options.SIZE, metavar="SIZE", help="Budget: bytes of weights, as 200MB."
+)
 @options.option(
     "--runtime",
     default="torch",
     show_default=True,
-    type=click.Choice(["torch"]),
+    type=options.Choice(["torch"]),
     help="Where latency is measured.",
 )
 @options.option(

@@ -34,6 +34,7 @@ SUBJECT: Callable[[Any], Any] = options.stack(
     ),
     options.option(
         "--coefficients",
+        type=options.NUMBERS,
         metavar="C1,C2,...",
         help="One average with these weights, oldest first [default: equal ones].",
     ),
@@ -44,7 +45,7 @@ SUBJECT: Callable[[Any], Any] = options.stack(
         "--bn",
         default="auto",
         show_default=True,
-        type=click.Choice(["auto", "recompute", "average", "error"]),
+        type=options.Choice(["auto", "recompute", "average", "error"]),
         help="BatchNorm statistics of an average.",
     ),
     options.BN_SAMPLES,
@@ -60,7 +61,7 @@ SUBJECT: Callable[[Any], Any] = options.stack(
         "--provider",
         default="cpu",
         show_default=True,
-        type=click.Choice(["cpu", "cuda", "tensorrt"]),
+        type=options.Choice(["cpu", "cuda", "tensorrt"]),
         help="Of ONNX Runtime, to verify and measure on.",
     ),
 )
@@ -81,28 +82,28 @@ SUBJECT: Callable[[Any], Any] = options.stack(
     "--output-kind",
     default="logits",
     show_default=True,
-    type=click.Choice(["logits", "probabilities"]),
+    type=options.Choice(["logits", "probabilities"]),
     help="What the file gives.",
 )
 @options.option(
     "--precision",
     default="fp32",
     show_default=True,
-    type=click.Choice(_KINDS),
+    type=options.Choice(_KINDS),
     help="What the file computes in; int8-static needs --train-data.",
 )
 @options.option(
     "--fuse",
     default="auto",
     show_default=True,
-    type=click.Choice(["auto", "on", "off"]),
+    type=options.Choice(["auto", "on", "off"]),
     help="Run the members of an ensemble as one operator: where measured to be faster, always, never.",
 )
 @options.option(
     "--exporter",
     default="auto",
     show_default=True,
-    type=click.Choice(["auto", "dynamo", "torchscript"]),
+    type=options.Choice(["auto", "dynamo", "torchscript"]),
     help="Of torch; auto tries both in this order.",
 )
 @options.option(
@@ -186,7 +187,7 @@ def subject_options(
     coefficients = rest.pop("coefficients")
     chosen = ExportOptions(
         candidate=options.candidate(rest.pop("candidate"), rest.pop("source")),
-        coefficients=None if coefficients is None else options.numbers(coefficients),
+        coefficients=coefficients,
         **{name: rest.pop(name) for name in ("ensemble", "combiner", "bn", "inputs", "provider")},
         **own,
     )

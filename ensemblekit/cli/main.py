@@ -292,7 +292,8 @@ def _from_click(error: click.ClickException) -> EnsembleKitError:
         if source is click.core.ParameterSource.ENVIRONMENT:
             text = f"{parameter.envvar}: {error.message}"
             return UsageError(text, hint="a variable of the environment; unset it, or mend it")
-    return UsageError(error.format_message(), hint=f"see: {path} --help")
+    hint = getattr(error, "hint", None) or f"see: {path} --help"
+    return UsageError(error.format_message(), hint=hint)
 
 
 def _terminate(number: int, _: FrameType | None) -> Any:

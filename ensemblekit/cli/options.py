@@ -3,6 +3,7 @@
 Input: nothing; commands apply these as decorators.
 """
 
+import difflib
 import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -31,6 +32,86 @@ class _Completed(click.types.StringParamType):
         return [CompletionItem(incomplete, type=self._kind)]
 
 
+def numbers(text: str) -> tuple[float, ...]:
+    """Numbers such as 1,1,2.
+
+    Raises:
+        UsageError: Something else.
+    """
+    try:
+        return tuple(float(part) for part in text.replace(" ", "").split(","))
+    except ValueError as error:
+        raise UsageError(f"{text!r} is not a list of numbers such as 1,1,2") from error
+
+
+def size(text: str) -> int:
+    """Bytes of a size such as 5GB or 200MB.
+
+    Raises:
+        UsageError: Something else.
+
+    >>> size("5GB"), size("1.5 mb"), size("1GiB")
+    (5000000000, 1500000, 1073741824)
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    if found is None:
+        raise UsageError(f"{text!r} is not a size such as 5GB or 200MB")
+    number, unit, binary = found.groups()
+    power = " kmgt".index(unit.lower() or " ")
+    return int(float(number) * (1024 if binary else 1000) ** power)
+
+
+class Choice(click.Choice):  # type: ignore[type-arg]  # generic in newer versions only
+    """One of some words; a wrong one is told the nearest."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """One of the words.
+
+        Raises:
+            Refused: It is none of them.
+        """
+        try:
+            word: str = super().convert(value, param, ctx)
+        except click.BadParameter as error:
+            near = difflib.get_close_matches(str(value), self.choices, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else None
+            raise Refused(error.message, ctx, param, hint) from None
+        return word
+
+
+class Refused(click.BadParameter):
+    """A value that an option does not take, and what to do about it."""
+
+    def __init__(
+        self,
+        message: str,
+        ctx: click.Context | None,
+        param: click.Parameter | None,
+        hint: str | None,
+    ) -> None:
+        super().__init__(message, ctx, param)
+        self.hint = hint
+
+
+class _Converted(click.ParamType):  # type: ignore[type-arg]
+    """A value that one of our functions makes of the text, or refuses."""
+
+    def __init__(self, name: str, make: Callable[[str], Any], kinds: tuple[type, ...]) -> None:
+        self.name = name
+        self._make = make
+        self._kinds = kinds
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, self._kinds):  # converted already, as out of the settings
+            return value
+        try:
+            return self._make(str(value))
+        except UsageError as error:
+            raise Refused(error.message, ctx, param, error.hint) from error
+
+
+SIZE = _Converted("size", size, (int,))
+NUMBERS = _Converted("numbers", numbers, (tuple,))
 FILES = _Completed("file")
 FOLDERS = _Completed("dir")
 _BY_METAVAR = {"FILE": FILES, "PATH": FILES, "TARGET": FILES, "DIR": FOLDERS}
@@ -82,7 +163,7 @@ PRECISION: Callable[[Any], Any] = option(
     "--precision",
     default="fp32",
     show_default=True,
-    type=click.Choice(["fp32", "tf32", "bf16", "fp16"]),
+    type=Choice(["fp32", "tf32", "bf16", "fp16"]),
     help="Of the forward pass.",
 )
 
@@ -163,7 +244,7 @@ TASK: Callable[[Any], Any] = stack(
         "--task",
         default="auto",
         show_default=True,
-        type=click.Choice(
+        type=Choice(
             ["auto", "classification", "segmentation", "tokens", "multilabel", "regression"]
         ),
         help="What outputs and labels are.",
@@ -209,35 +290,6 @@ WRITING: Callable[[Any], Any] = stack(
 JSON: Callable[[Any], Any] = option(
     "--json", "as_json", is_flag=True, help="Print one JSON object."
 )
-
-
-def numbers(text: str) -> tuple[float, ...]:
-    """Numbers such as 1,1,2.
-
-    Raises:
-        UsageError: Something else.
-    """
-    try:
-        return tuple(float(part) for part in text.replace(" ", "").split(","))
-    except ValueError as error:
-        raise UsageError(f"{text!r} is not a list of numbers such as 1,1,2") from error
-
-
-def size(text: str) -> int:
-    """Bytes of a size such as 5GB or 200MB.
-
-    Raises:
-        UsageError: Something else.
-
-    >>> size("5GB"), size("1.5 mb"), size("1GiB")
-    (5000000000, 1500000, 1073741824)
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
-    if found is None:
-        raise UsageError(f"{text!r} is not a size such as 5GB or 200MB")
-    number, unit, binary = found.groups()
-    power = " kmgt".index(unit.lower() or " ")
-    return int(float(number) * (1024 if binary else 1000) ** power)
 
 
 def pairs(texts: tuple[str, ...]) -> Mapping[str, Any]:

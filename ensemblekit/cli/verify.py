@@ -16,12 +16,12 @@ from ensemblekit.cli.export import SUBJECT, print_verification, subject_options
 @SUBJECT
 @options.option(
     "--output-kind",
-    type=click.Choice(["logits", "probabilities"]),
+    type=options.Choice(["logits", "probabilities"]),
     help="What the file gives [default: what it says].",
 )
 @options.option(
     "--precision",
-    type=click.Choice(["fp32", "fp16", "bf16", "int8-dynamic", "int8-static"]),
+    type=options.Choice(["fp32", "fp16", "bf16", "int8-dynamic", "int8-static"]),
     help="What the file computes in; it sets the tolerance [default: what the file says].",
 )
 @options.JSON
