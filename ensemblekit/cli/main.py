@@ -286,14 +286,14 @@ def _from_click(error: click.ClickException) -> EnsembleKitError:
             f"{error.option_name} stands before the command",
             hint=f"ensemblekit {error.option_name} {name} ...",
         )
-    parameter = getattr(error, "param", None)
+    parameter, hint = getattr(error, "param", None), getattr(error, "hint", None)
     if context is not None and parameter is not None and parameter.name is not None:
         source = context.get_parameter_source(parameter.name)
         if source is click.core.ParameterSource.ENVIRONMENT:
             text = f"{parameter.envvar}: {error.message}"
-            return UsageError(text, hint="a variable of the environment; unset it, or mend it")
-    hint = getattr(error, "hint", None) or f"see: {path} --help"
-    return UsageError(error.format_message(), hint=hint)
+            where = "a variable of the environment; unset it, or mend it"
+            return UsageError(text, hint=f"{hint} It is {where}" if hint else where)
+    return UsageError(error.format_message(), hint=hint or f"see: {path} --help")
 
 
 def _terminate(number: int, _: FrameType | None) -> Any:

@@ -104,4 +104,5 @@ def _checked(option: click.Option, value: Any, where: str) -> Any:
     try:
         return option.type.convert(value, None, None)
     except click.BadParameter as error:
-        raise UsageError(f"{where} = {value!r}: {error.message}") from error
+        hint = getattr(error, "hint", None)
+        raise UsageError(f"{where} = {value!r}: {error.message}", hint=hint) from error

@@ -5,7 +5,6 @@ Input: the arguments of a call, from `pickle_vm`. Everything that is not in `REB
 
 import struct
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 from ensemblekit.containers import Extent, Inert, Unusable, checked_spec
@@ -44,8 +43,9 @@ def find_storage(identity: Any, lookup: StorageLookup) -> Storage | Unusable:
     if kind.name in QUANTIZED_STORAGES:
         lookup(key, numel, QUANTIZED_STORAGES[kind.name])
         return Unusable("is quantised", DEQUANTIZE)
-    name = _storage_type(kind)
-    if name is None:
+    known = from_torch_name(kind.name) if kind.module == "torch" else None
+    name = known.name if known else STORAGES.get(kind.name)
+    if name is None or not kind.module.startswith("torch"):
         return Unusable(f"has a storage of unknown type {kind}", damaged=True)
     if numel < 0:
         return Unusable(f"has a storage of {numel} elements", damaged=True)
@@ -53,14 +53,6 @@ def find_storage(identity: Any, lookup: StorageLookup) -> Storage | Unusable:
     if isinstance(extent, Unusable):
         return extent
     return Storage(extent, None if kind.name == "UntypedStorage" else name)
-
-
-@lru_cache(maxsize=64)
-def _storage_type(kind: Global) -> str | None:
-    """Name of the element type that a storage class stands for, None when it is not one of torch's."""
-    known = from_torch_name(kind.name) if kind.module == "torch" else None
-    name = known.name if known else STORAGES.get(kind.name)
-    return name if kind.module.startswith("torch") else None
 
 
 class Machine(Protocol):

@@ -98,15 +98,18 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self) -> Any:
-        steps, data, end, stack = _STEPS, self.data, len(self.data), self.stack
+        steps, data, end, stack = _OPCODES, self.data, len(self.data), self.stack
         for _ in range(MAX_OPCODES):
             if self.place >= end:
                 raise self.too_early("it ends without STOP")
             code = data[self.place]
             self.place += 1
-            if code == _STOP:
-                return self.finish()
-            steps[code](self)
+            step = steps.get(code)
+            if step is None:
+                if code == _STOP:
+                    return self.finish()
+                raise self.damaged(f"opcode 0x{code:02x} is not one that checkpoints use")
+            step(self)
             if len(stack) > MAX_STACK:
                 raise self.damaged(f"more than {MAX_STACK} values on the stack")
         raise self.damaged(f"more than {MAX_OPCODES} opcodes")
@@ -323,50 +326,8 @@ def _constant(value: Any) -> _Step:
     return lambda m: m.stack.append(value)
 
 
-# Most of a checkpoint's pickle is numbers and memo entries: these steps do without calls, and
-# leave it to the machine's own methods to say what is wrong.
-
-
 def _fixed(form: struct.Struct) -> _Step:
-    size, read = form.size, form.unpack_from
-
-    def step(m: _Machine) -> None:
-        try:
-            m.stack.append(read(m.data, m.place)[0])
-        except struct.error:
-            m.number(form)
-        m.place += size
-
-    return step
-
-
-def _put(form: struct.Struct) -> _Step:
-    size, read = form.size, form.unpack_from
-
-    def step(m: _Machine) -> None:
-        try:
-            key, value = read(m.data, m.place)[0], m.stack[-1]
-        except (struct.error, IndexError):
-            value = _MARK
-        if value is _MARK:
-            m.remember(m.number(form))
-        m.memo[key] = value
-        m.place += size
-
-    return step
-
-
-def _get(form: struct.Struct) -> _Step:
-    size, read = form.size, form.unpack_from
-
-    def step(m: _Machine) -> None:
-        try:
-            m.stack.append(m.memo[read(m.data, m.place)[0]])
-        except (struct.error, KeyError):
-            m.recall(m.number(form))
-        m.place += size
-
-    return step
+    return lambda m: m.stack.append(m.number(form))
 
 
 def _counted(form: struct.Struct, convert: Callable[[bytes], Any]) -> _Step:
@@ -564,12 +525,12 @@ _OPCODES: dict[int, _Step] = {
     0x91: lambda m: m.push(Inert("builtins.frozenset", (), None, m.pop_to_mark())),
     # memo
     ord("p"): lambda m: m.remember(_memo_key(m)),
-    ord("q"): _put(_U8),
-    ord("r"): _put(_U32),
+    ord("q"): lambda m: m.remember(m.number(_U8)),
+    ord("r"): lambda m: m.remember(m.number(_U32)),
     0x94: lambda m: m.remember(len(m.memo)),
     ord("g"): lambda m: m.recall(_memo_key(m)),
-    ord("h"): _get(_U8),
-    ord("j"): _get(_U32),
+    ord("h"): lambda m: m.recall(m.number(_U8)),
+    ord("j"): lambda m: m.recall(m.number(_U32)),
     # names and objects
     ord("c"): _global_lines,
     0x93: _stack_global,
@@ -595,11 +556,3 @@ def _memo_key(m: _Machine) -> int:
     if not text.isdecimal() or len(text) > 18:
         raise m.damaged(f"memo entry {brief(text)}")
     return int(text)
-
-
-def _unknown(m: _Machine) -> None:
-    code = m.data[m.place - 1]
-    raise m.damaged(f"opcode 0x{code:02x} is not one that checkpoints use")
-
-
-_STEPS = [_OPCODES.get(code, _unknown) for code in range(256)]

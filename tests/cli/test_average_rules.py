@@ -131,11 +131,15 @@ WRONG: dict[str, tuple[list[str], int, str, str]] = {
     "no-stored-width": (["--width", "0.1"], 3, "raw weights", "--method ema"),
     "no-data": (["--method", "greedy-soup"], 2, "chosen on data", "--val-data"),
     "no-number": (["--decay", "much"], 2, "much", ""),
-    "no-list": (["--width", "0.1", "--stored-widths", "a,b"], 2, "list of numbers", ""),
-    "no-rule": (["--method", "emma"], 2, "emma", ""),
+    "no-list": (
+        ["--width", "0.1", "--stored-widths", "a,b"], 2, "'--stored-widths': 'a,b' is not", "--help"
+    ),
+    "no-rule": (["--method", "emma"], 2, "emma", "did you mean 'ema'?"),
+    "policy": (["--bn", "averge"], 2, "averge", "did you mean 'average'?"),
+    "far-policy": (["--bn", "xyz"], 2, "xyz", "--help"),
     "dtype": (["--dtype", "int8"], 2, "int8", ""),
     "dtype-word": (["--dtype", "bfloat61"], 2, "bfloat61", "bfloat16"),
-    "shard": (["-o", "out", "--max-shard-size", "many"], 2, "is not a size", ""),
+    "shard": (["-o", "out", "--max-shard-size", "many"], 2, "'--max-shard-size': 'many' is not", ""),
     "no-shard": (["-o", "out", "--max-shard-size", "0"], 2, "more than 0", ""),
 }  # fmt: skip
 

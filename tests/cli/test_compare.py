@@ -393,6 +393,13 @@ WRONG: dict[str, tuple[list[str], int, list[str]]] = {
     "a time that is NaN": ([*FEW, "--max-latency-ms", "nan"], 2, ["--max-latency-ms"]),
     "no members": ([*FEW, "--max-members", "0"], 2, ["--max-members"]),
     "negative bytes": ([*FEW, "--max-bytes", "-1"], 2, ["--max-bytes"]),
+    "no bytes": ([*FEW, "--max-bytes", "0"], 2, ["--max-bytes"]),
+    "odd bytes": ([*FEW, "--max-bytes", "5 apples"], 2, ["--max-bytes", "200MB"]),
+    "nothing fits, with a unit": (
+        [*FEW, "--max-bytes", "0.05 kB"],
+        5,
+        ["nothing fits", "raise the limit"],
+    ),
     "a negative margin": ([*FEW, "--margin", "-0.1"], 2, ["--margin"]),
     "a margin that is NaN": ([*FEW, "--margin", "nan"], 2, ["--margin"]),
     "batches of nothing": ([*FEW, "--latency-batch", "0"], 2, ["--latency-batch"]),

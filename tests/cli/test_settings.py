@@ -131,6 +131,9 @@ WRONG = {
     "date": ("from-step = 1979-05-27", "--from-step|from-step"),
     "truth": ("last = true", "--last|last"),
     "choice": ('method = "unifrom"', f"{FILE}: method = 'unifrom'"),
+    "near": ('method = "unifrom"', "did you mean 'uniform'?"),
+    "size": ('max-shard-size = "5 apples"', "max-shard-size = '5 apples'"),
+    "numbers": ('coefficients = "1;2"', "coefficients = '1;2'"),
     "value-for-table": ("average = 3", "average"),
 }
 
@@ -155,3 +158,14 @@ def test_wrong_environment(work: Path) -> None:
     done = run("average", "ckpts", "--dry-run", cwd=work, env={"ENSEMBLEKIT_LAST": "x"})
     assert done.returncode == 2
     assert "ENSEMBLEKIT_LAST: 'x'" in done.stderr
+    done = run("average", "ckpts", "--dry-run", cwd=work, env={"ENSEMBLEKIT_BN": "averge"})
+    assert "did you mean 'average'? It is a variable of the environment" in done.stderr
+
+
+@pytest.mark.parametrize("size", ["1000000", '"1MB"', '"1000000"'])
+def test_sizes_and_lists_of_numbers(work: Path, size: str) -> None:
+    (work / FILE).write_text(f'[average]\nmax-shard-size = {size}\ncoefficients = "1,2"\nlast = 2')
+    done = run("average", "ckpts", "-o", "folder", "--json", cwd=work)
+    assert done.returncode == 0, done.stderr
+    found = [one["coefficient"] for one in json.loads(done.stdout)["snapshots"]]
+    assert found == pytest.approx([1 / 3, 2 / 3])
