@@ -3,6 +3,7 @@
 #
 #   make demo     train a small network, then average its snapshots    (out: demo/)
 #   make test     the tests             (more: WORKERS=8 PYTEST_ARGS="-k average")
+#   make lowest   the tests with the oldest versions that pyproject.toml allows  (in .venv-lowest)
 #   make lint     ruff and mypy
 #   make check    lint and test
 #   make docs     write docs/cli.md from the code
@@ -19,7 +20,7 @@ PYTEST_ARGS ?=
 WORKERS ?= 2
 
 .DEFAULT_GOAL := check
-.PHONY: demo test lint check docs format clean
+.PHONY: demo test lowest lint check docs format clean
 
 # The venv is made anew, so that a dependency which left the list leaves the environment too.
 $(READY): pyproject.toml constraints.txt
@@ -39,6 +40,14 @@ test: $(READY)
 		|| [ $$? -eq 5 ]  # none of them was asked for
 	$(BIN)/python -m pytest tests/faults $(PYTEST_ARGS) || [ $$? -eq 5 ]
 
+lowest: .venv-lowest/.ready
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n $(WORKERS) --ignore tests/faults $(PYTEST_ARGS)
+
+.venv-lowest/.ready: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv --clear .venv-lowest
+	.venv-lowest/bin/python -m pip install -qq --constraint constraints-lowest.txt --editable '.[test]'
+	@touch $@
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -57,5 +66,5 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest demo build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find ensemblekit tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,11 +2,12 @@
 
 Input: activations. Pools of batches, of devices and of processes add up to the pool of all samples.
 
-Legend of shapes: N samples, C channels.
+Legend of shapes: C channels, R rows of them, G groups of rows.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from math import isfinite
 
 import torch
@@ -16,7 +17,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from ensemblekit.errors import InputError, NotFiniteError
 
 _CHUNK = 1 << 18  # values that are widened at a time: they stay in the cache
-_HALF_CHUNK = 1 << 16  # values of a channel that are summed in float32 at a time
+_RUN = 1 << 12  # values that are summed in float32 at a time: the error grows with their number
+_COLUMNS = 1 << 11  # sums that torch is asked for at a time; with more it gets slower
 _DROWNED = 1e4  # squared mean over variance beyond which sums of squares lose digits
 _HALF_DROWNED = 1e2  # the same, of sums in float32
 
@@ -33,9 +35,10 @@ class Pool:
         """Merge another pool into this one (Chan, Golub and LeVeque 1979)."""
         total = self.count + other.count
         shift_C = other.mean_C - self.mean_C
-        self.mean_C = self.mean_C + shift_C * (other.count / total)
-        self.deviations_C = (
-            self.deviations_C + other.deviations_C + shift_C**2 * (self.count * other.count / total)
+        self.mean_C = self.mean_C.add(shift_C, alpha=other.count / total)
+        both_C = self.deviations_C + other.deviations_C
+        self.deviations_C = both_C.addcmul_(
+            shift_C, shift_C, value=self.count * other.count / total
         )
         self.count = total
 
@@ -60,12 +63,12 @@ def statistics_of(name: str, layer: nn.Module, x: torch.Tensor, *, least: int = 
             f"layer '{name}' sees a single value a channel: a batch of one sample has no variance",
             hint="use a larger batch size, or data whose last batch is larger",
         )
-    half = x.dtype in (torch.bfloat16, torch.float16) and x.device.type in ("cpu", "cuda")
-    if half:
-        pool = _in_parts(x, _HALF_CHUNK * x.shape[1], _half_moments, exact)
-    if not half or not _is_finite(pool.mean_C, pool.deviations_C):  # squares overflow in float32
+    pool = None
+    if x.dtype in (torch.bfloat16, torch.float16) and x.device.type in ("cpu", "cuda"):
+        pool = _half_pool(x, exact)
+    if pool is None:
         pool = _in_parts(x, _CHUNK, _moments, exact)
-        _check_finite(name, pool.mean_C, pool.deviations_C)
+        _check_finite(name, pool.mean_C, pool.deviations_C / pool.count)
     return pool
 
 
@@ -76,6 +79,8 @@ def _in_parts(
     exact: torch.dtype,
 ) -> Pool:
     """The pool of parts of some samples each, of `most` values."""
+    if x.numel() <= most:
+        return moments(x, exact)
     per_sample = x.numel() // len(x)
     pool, *others = (moments(part, exact) for part in torch.split(x, max(1, most // per_sample)))
     for other in others:
@@ -96,18 +101,54 @@ def _moments(x: torch.Tensor, exact: torch.dtype) -> Pool:
     return Pool(float(count), mean_C, deviations_C)
 
 
-def _half_moments(x: torch.Tensor, exact: torch.dtype) -> Pool:
-    """Torch's own sums, in float32: less than 1e-4 off, where rounding the values takes 1e-3.
+def _half_pool(x: torch.Tensor, exact: torch.dtype) -> Pool | None:
+    """By torch's own sums, in float32: less than 1e-4 off, where rounding the values takes 1e-3.
 
-    Unless a large mean drowns what differs from it.
+    None where a large mean drowns what differs from it, squares overflow, or something is not finite.
     """
+    rows = x.movedim(1, -1)
+    count, channels = x.numel() // x.shape[1], x.shape[1]
+    if rows.is_contiguous():
+        groups = max(1, min(_COLUMNS // channels, count // _RUN))
+        most = _RUN * groups * channels
+        pool = _in_parts(rows.flatten(0, -2), most, partial(_folded_moments, groups), exact)
+    else:
+        pool = _in_parts(x.contiguous(), 4 * _RUN * channels, _half_moments, exact)
+    # what of a hundred variances the squared mean leaves
+    rest_C = torch.addcmul(
+        pool.deviations_C * (_HALF_DROWNED / count), pool.mean_C, pool.mean_C, value=-1
+    )
+    least, largest = (float(value) for value in torch.aminmax(rest_C))
+    return pool if least >= 0 and largest < torch.finfo(torch.float32).max else None
+
+
+def _half_moments(x: torch.Tensor, exact: torch.dtype) -> Pool:
     count = x.numel() // x.shape[1]
+    mean_C, variance_C = _in_single(x).to(exact)
+    return Pool(float(count), mean_C, variance_C * count)
+
+
+def _folded_moments(groups: int, rows_RC: torch.Tensor, exact: torch.dtype) -> Pool:
+    """Of rows that lie one behind the other: each `groups`-th makes a sum of its own."""
+    length, channels = len(rows_RC) // groups, rows_RC.shape[1]
+    if length < 2:
+        return _moments(rows_RC, exact)
+    # as an image of one column whose channels lie together: torch has a quick way for that
+    wide = rows_RC[: length * groups].view(1, length, 1, groups * channels).permute(0, 3, 1, 2)
+    mean_GC, variance_GC = _in_single(wide).view(2, groups, channels).to(exact)
+    between_C, mean_C = torch.var_mean(mean_GC, 0, correction=0)
+    count = length * groups
+    pool = Pool(float(count), mean_C, (variance_GC.mean(0) + between_C) * count)
+    if count < len(rows_RC):
+        pool.add(_moments(rows_RC[count:], exact))
+    return pool
+
+
+def _in_single(x: torch.Tensor) -> torch.Tensor:
+    """Means and variances by channel, in float32."""
     # running values whose type is that of the results; at momentum 0 they take no part in them
     any_C = x.new_zeros(x.shape[1], dtype=torch.float32)
-    mean_C, variance_C = torch.batch_norm_update_stats(x, any_C, any_C, 0.0)
-    if not bool((mean_C.square() <= _HALF_DROWNED * variance_C).all()):  # or NaN
-        return _moments(x, exact)
-    return Pool(float(count), mean_C.to(exact), variance_C.to(exact) * count)
+    return torch.stack(torch.batch_norm_update_stats(x, any_C, any_C, 0.0))
 
 
 def _sums(wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,13 +185,10 @@ class InstancePool(Pool):
 
 
 def _check_finite(name: str, mean_C: torch.Tensor, variance_C: torch.Tensor) -> None:
-    if not _is_finite(mean_C, variance_C):
+    total = float(mean_C.sum() + variance_C.sum())  # NaN and Inf do not leave a sum
+    if not abs(total) < torch.finfo(torch.float32).max:
+        what = "values whose variance is too large for float32" if isfinite(total) else "NaN or Inf"
         raise NotFiniteError(
-            f"layer '{name}' receives NaN or Inf",
+            f"layer '{name}' receives {what}",
             hint="check the data for NaN, and the preprocessing against the training's",
         )
-
-
-def _is_finite(mean_C: torch.Tensor, variance_C: torch.Tensor) -> bool:
-    # NaN and Inf do not leave a sum; a sum of what is finite leaves the range at 1e300 only
-    return isfinite(float(mean_C.sum() + variance_C.sum()))

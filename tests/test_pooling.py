@@ -1,5 +1,7 @@
 """Pools of activations in half precision beside float64; float32 is in `test_batchnorm`."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -56,6 +58,65 @@ def test_large_batches_in_half_precision(
     mean_C, variance_C = wide(x)
     assert float(((pool.mean_C - mean_C) / variance_C.sqrt()).abs().max()) < 1e-4
     assert float((pool.deviations_C / pool.count / variance_C - 1).abs().max()) < 3e-4
+
+
+def sparse(x: torch.Tensor) -> torch.Tensor:
+    """Mostly zero, as behind a ReLU with a bias: one-sided rounding adds up."""
+    return x * (x > 1.5)
+
+
+@pytest.mark.parametrize("kind", [torch.relu, sparse, lambda x: (x > 0) * 0.37])
+@pytest.mark.parametrize(
+    "shape, order",
+    [
+        ((40_000, 16), None),
+        ((2048, 24, 8, 8), torch.channels_last),
+        ((61, 3, 127, 33), torch.channels_last),  # odd: nothing divides it
+        ((1, 3, 700, 300), torch.channels_last),
+        ((512, 16, 8, 8), torch.contiguous_format),
+        ((7, 5, 11), None),
+    ],
+    ids=str,
+)
+def test_the_error_does_not_grow_with_the_number_of_values(
+    shape: tuple[int, ...],
+    order: torch.memory_format | None,
+    kind: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    x = kind(torch.randn(shape, generator=torch.Generator().manual_seed(2)))
+    for dtype in (torch.bfloat16, torch.float16):
+        half = x.to(dtype) if order is None else x.to(dtype).contiguous(memory_format=order)
+        pool = statistics_of("layer", nn.BatchNorm2d(shape[1]), half)
+        mean_C, variance_C = wide(half)
+        assert pool.count == half.numel() / shape[1]
+        assert float(((pool.mean_C - mean_C) / variance_C.sqrt()).abs().max()) < 1e-5
+        assert float((pool.deviations_C / pool.count / variance_C - 1).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("make", ["transposed", "sliced", "expanded"])
+def test_values_that_lie_apart_in_memory(make: str) -> None:
+    x = torch.randn(64, 6, 40, generator=torch.Generator().manual_seed(3)).bfloat16()
+    x = {
+        "transposed": lambda: x.permute(2, 0, 1),
+        "sliced": lambda: x[::3, 1:5, ::2],
+        "expanded": lambda: x[:, :, :1].expand(64, 6, 40),
+    }[make]()
+    pool = statistics_of("layer", nn.BatchNorm1d(x.shape[1]), x)
+    mean_C, variance_C = wide(x)
+    torch.testing.assert_close(pool.mean_C, mean_C, rtol=0, atol=1e-6)
+    torch.testing.assert_close(pool.deviations_C / pool.count, variance_C, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_large_values(dtype: torch.dtype) -> None:
+    """Sums of squares may leave float32, what becomes a running variance may not."""
+    x = torch.randn(6000, 2, generator=torch.Generator().manual_seed(4))
+    large = (x * 1e18).to(dtype)
+    pool = statistics_of("layer", nn.BatchNorm1d(2), large)
+    _, variance_C = wide(large)
+    torch.testing.assert_close(pool.deviations_C / pool.count, variance_C, rtol=1e-4, atol=0)
+    with pytest.raises(NotFiniteError, match="'layer' receives values whose variance is too large"):
+        statistics_of("layer", nn.BatchNorm1d(2), (x * 1e25).to(dtype))
 
 
 def test_pools_of_batches_make_the_pool_of_all() -> None:

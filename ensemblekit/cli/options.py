@@ -50,15 +50,17 @@ def size(text: str) -> int:
     Raises:
         UsageError: Something else.
 
-    >>> size("5GB"), size("1.5 mb"), size("1GiB")
-    (5000000000, 1500000, 1073741824)
+    >>> size("5GB"), size("1.5 mb"), size("1GiB"), size("1_000")
+    (5000000000, 1500000, 1073741824, 1000)
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    form = r"\s*\+?(\d{1,30}(?:\.\d{1,9})?)\s*([kmgt]?)(i?)b?\s*"
+    found = re.fullmatch(form, text.replace("_", ""), re.IGNORECASE)
     if found is None:
-        raise UsageError(f"{text!r} is not a size such as 5GB or 200MB")
+        raise UsageError(f"{text[:40]!r} is not a size such as 5GB or 200MB")
     number, unit, binary = found.groups()
     power = " kmgt".index(unit.lower() or " ")
-    return int(float(number) * (1024 if binary else 1000) ** power)
+    factor = (1024 if binary else 1000) ** power
+    return int(float(number) * factor) if "." in number else int(number) * factor
 
 
 class Choice(click.Choice):  # type: ignore[type-arg]  # generic in newer versions only
@@ -73,7 +75,7 @@ class Choice(click.Choice):  # type: ignore[type-arg]  # generic in newer versio
         try:
             word: str = super().convert(value, param, ctx)
         except click.BadParameter as error:
-            near = difflib.get_close_matches(str(value), self.choices, n=1)
+            near = difflib.get_close_matches(str(value), self.choices, n=1, cutoff=0.7)
             hint = f"did you mean '{near[0]}'?" if near else None
             raise Refused(error.message, ctx, param, hint) from None
         return word
@@ -96,13 +98,12 @@ class Refused(click.BadParameter):
 class _Converted(click.ParamType):  # type: ignore[type-arg]
     """A value that one of our functions makes of the text, or refuses."""
 
-    def __init__(self, name: str, make: Callable[[str], Any], kinds: tuple[type, ...]) -> None:
+    def __init__(self, name: str, make: Callable[[str], Any]) -> None:
         self.name = name
         self._make = make
-        self._kinds = kinds
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if isinstance(value, self._kinds):  # converted already, as out of the settings
+        if isinstance(value, tuple):  # converted already, as out of the settings
             return value
         try:
             return self._make(str(value))
@@ -110,8 +111,8 @@ class _Converted(click.ParamType):  # type: ignore[type-arg]
             raise Refused(error.message, ctx, param, error.hint) from error
 
 
-SIZE = _Converted("size", size, (int,))
-NUMBERS = _Converted("numbers", numbers, (tuple,))
+SIZE = _Converted("size", size)
+NUMBERS = _Converted("numbers", numbers)
 FILES = _Completed("file")
 FOLDERS = _Completed("dir")
 _BY_METAVAR = {"FILE": FILES, "PATH": FILES, "TARGET": FILES, "DIR": FOLDERS}

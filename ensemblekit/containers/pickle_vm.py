@@ -213,7 +213,14 @@ class _Machine:
             return Inert(str(function), args)
         try:
             return rebuild(self, args)
-        except (TypeError, ValueError, IndexError, KeyError, OverflowError) as error:
+        except (
+            TypeError,
+            ValueError,
+            AttributeError,
+            IndexError,
+            KeyError,
+            OverflowError,
+        ) as error:
             raise self.damaged(f"{function} with unusable arguments ({error})") from error
 
     def refuse_if_hostile(self, function: Any, args: tuple[Any, ...], *, new: bool) -> None:

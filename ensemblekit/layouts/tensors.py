@@ -127,7 +127,7 @@ def _own_keys(keys: tuple[str, ...]) -> dict[str, str]:
 
 def ties_in(tensors: Mapping[str, TensorSpec | Unusable]) -> tuple[tuple[str, ...], ...]:
     """Groups of keys that name the same elements of the same storage."""
-    starts = {spec.extent.start for spec in tensors.values() if isinstance(spec, TensorSpec)}
+    starts = {spec.start for spec in tensors.values() if isinstance(spec, TensorSpec)}
     if len(starts) == len(tensors):
         return ()
     groups: defaultdict[tuple[Any, ...], list[str]] = defaultdict(list)

@@ -271,6 +271,7 @@ def test_nothing_is_imported(tmp_path: Path) -> None:
         (b"}]Ns.", "a list as a key"),
         (b"}(Nu.", "without a value"),
         (b"N)R.", "calls a NoneType"),
+        (b"c_codecs\nencode\n](K\x01e\x85R.", "_codecs.encode with unusable arguments"),
         (b"\x8c\x01\xff.", "utf-8"),
         (b"(" * 1_000_002, "values on the stack"),
     ],

@@ -145,6 +145,21 @@ def test_views_of_storages(tmp_path: Path) -> None:
     assert_same_tensors(tree_of(path).root, expected)
 
 
+def test_a_view_may_be_tied_to_its_storage(tmp_path: Path) -> None:
+    """By another key and from another start, but the same elements."""
+    data = torch.arange(12.0).numpy().tobytes()
+    tensors = {
+        "encoder.weight": forge.tensor(held("7", 12, None), (2, 2), (2, 1), offset=6),
+        "decoder.weight": forge.tensor(held("7", 12, ("8", 5, 6)), (2, 2), (2, 1), offset=1),
+        "other.weight": forge.tensor(held("7", 12, None), (2, 2), (2, 1)),
+    }
+    path = tmp_path / "file.pt"
+    path.write_bytes(file_of(forge.push(tensors), {"7": data}))
+    loaded = torch.load(path, weights_only=False)
+    assert loaded["encoder.weight"].data_ptr() == loaded["decoder.weight"].data_ptr()
+    assert reading_of(path).weights["model"].ties == (("decoder.weight", "encoder.weight"),)
+
+
 @pytest.mark.parametrize(
     "view", [("8", 5, 8), ("8", -1, 4), ("8", 0, -4), ("8", 2**62, 1), ("8", "0", 4), (), 5, "x"]
 )
