@@ -79,6 +79,18 @@ _BUILTINS = {
     *("type", "zip", "sorted", "len", "sum", "abs", "round", "print", "Ellipsis"),
     "NotImplemented",
 }
+# The standard library has these in other versions of Python, from 3.10 on, than in the one that runs: a
+# pickle is an attack on whoever opens it.
+_OTHER_VERSIONS = {
+    *("_bootsubprocess", "_crypt", "_msi", "_sha256", "_sha512", "aifc", "asynchat", "asyncore"),
+    *("audioop", "binhex", "cgi", "cgitb", "chunk", "crypt", "distutils", "imghdr", "imp"),
+    *("lib2to3", "mailcap", "msilib", "nis", "nntplib", "ossaudiodev", "pipes", "smtpd", "sndhdr"),
+    *("spwd", "sunau", "telnetlib", "uu", "xdrlib"),  # gone by 3.13
+    *("_android_support", "_colorize", "_interpchannels", "_interpqueues", "_interpreters"),
+    *("_ios_support", "_opcode_metadata", "_pydatetime", "_pylong", "_pyrepl", "_sha2"),
+    *("_suggestions", "_sysconfig", "_wmi", "annotationlib", "_remote_debugging"),  # new since 3.12
+    *("nt", "posix"),  # of other systems
+}
 _BY_ARGUMENTS = "depends on the arguments"
 # Outside of the standard library: loaders that run what they load, shells, compilers.
 _LOADERS = {
@@ -235,7 +247,7 @@ def _today(module: str, name: str) -> tuple[str, str]:
 
 def _is_powerful(module: str) -> bool:
     """Whether a module of this name belongs to the standard library and is more than data."""
-    known = module in sys.stdlib_module_names or module in ("nt", "posix")
+    known = module in sys.stdlib_module_names or module in _OTHER_VERSIONS
     return known and module not in _DATA_MODULES
 
 

@@ -253,6 +253,9 @@ HOSTILE = [
     *("socket:socket", "socket:create_connection", "urllib.request:urlopen", "http.client:HTTP"),
     *("ftplib:FTP", "smtplib:SMTP", "asyncio:run", "asyncio:create_subprocess_shell"),
     *("ssl:get_server_certificate", "xmlrpc.client:ServerProxy", "telnetlib:Telnet"),
+    # not in every version's standard library
+    *("_pyrepl.pager:pipe_pager", "_interpreters:run_string", "pipes:Template", "asyncore:loop"),
+    *("annotationlib:call_annotate_function", "crypt:crypt", "lib2to3.main:main"),
     *("ctypes:CDLL", "ctypes:cdll.LoadLibrary", "mmap:mmap", "sys:modules", "sys:exit"),
     *("sys:settrace", "gc:get_objects", "inspect:getattr_static", "types:FunctionType"),
     *("types:CodeType", "marshal:loads", "pickle:loads", "pickle:load", "_pickle:loads"),
