@@ -104,7 +104,8 @@ def _moments(x: torch.Tensor, exact: torch.dtype) -> Pool:
 def _half_pool(x: torch.Tensor, exact: torch.dtype) -> Pool | None:
     """By torch's own sums, in float32: less than 1e-4 off, where rounding the values takes 1e-3.
 
-    None where a large mean drowns what differs from it, squares overflow, or something is not finite.
+    None where a large mean drowns what differs from it, squares overflow, something is not finite, or
+    where planes are too large to be summed so.
     """
     rows = x.movedim(1, -1)
     count, channels = x.numel() // x.shape[1], x.shape[1]
@@ -112,8 +113,10 @@ def _half_pool(x: torch.Tensor, exact: torch.dtype) -> Pool | None:
         groups = max(1, min(_COLUMNS // channels, count // _RUN))
         most = _RUN * groups * channels
         pool = _in_parts(rows.flatten(0, -2), most, partial(_folded_moments, groups), exact)
-    else:
+    elif x[0, 0].numel() <= 4 * _RUN:
         pool = _in_parts(x.contiguous(), 4 * _RUN * channels, _half_moments, exact)
+    else:
+        return None
     # what of a hundred variances the squared mean leaves
     rest_C = torch.addcmul(
         pool.deviations_C * (_HALF_DROWNED / count), pool.mean_C, pool.mean_C, value=-1

@@ -74,6 +74,8 @@ def sparse(x: torch.Tensor) -> torch.Tensor:
         ((61, 3, 127, 33), torch.channels_last),  # odd: nothing divides it
         ((1, 3, 700, 300), torch.channels_last),
         ((512, 16, 8, 8), torch.contiguous_format),
+        ((33, 2, 128, 128), torch.contiguous_format),
+        ((2, 3, 512, 301), torch.contiguous_format),  # planes that are long runs by themselves
         ((7, 5, 11), None),
     ],
     ids=str,
