@@ -113,9 +113,18 @@ def one_of(name: str, valid: Iterable[str], *, what: str) -> str:
     names = list(valid)
     if name in names:
         return name
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean '{near[0]}'?" if near else None
+    hint = did_you_mean(name, names)
     raise UsageError(f"unknown {what} '{name}'; valid: {', '.join(names)}", hint=hint)
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str | None:
+    """A question after the nearest of `valid`, None where none is near.
+
+    >>> did_you_mean("averge", ["auto", "average"]), did_you_mean("gpu", ["cpu", "cuda"])
+    ("did you mean 'average'?", None)
+    """
+    near = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.67)  # not cpu for gpu
+    return f"did you mean '{near[0]}'?" if near else None
 
 
 def listing(names: Iterable[str], *, limit: int = 5) -> str:

@@ -3,14 +3,13 @@
 Input: nothing; commands apply these as decorators.
 """
 
-import difflib
 import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ensemblekit.errors import UsageError
+from ensemblekit.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -75,8 +74,7 @@ class Choice(click.Choice):  # type: ignore[type-arg]  # generic in newer versio
         try:
             word: str = super().convert(value, param, ctx)
         except click.BadParameter as error:
-            near = difflib.get_close_matches(str(value), self.choices, n=1, cutoff=0.7)
-            hint = f"did you mean '{near[0]}'?" if near else None
+            hint = did_you_mean(str(value), self.choices)
             raise Refused(error.message, ctx, param, hint) from None
         return word
 
